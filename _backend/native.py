@@ -1,0 +1,297 @@
+"""Compiles csrc/ into qkernels/: which compilers, which flags, which files.
+
+The sources become up to three libraries: `_C_cpu.so` and `_C_cuda.so` (LibTorch stable ABI, no Python symbol,
+one file for every torch from MINIMUM_TORCH on) and `_elements` (pybind11, no torch). Environment variables:
+
+    QKERNELS_CPU     1 (default) or 0: compile nothing at all, a pure-Python install
+    QKERNELS_CUDA    auto (default): the CUDA library where nvcc is; 1: nvcc must be there; 0: never
+    QKERNELS_CUDA_ARCHS   e.g. "80;90": GPU architectures; the last one is also kept as PTX
+    CXX, CUDA_HOME, MAX_JOBS   host compiler, CUDA toolkit, number of parallel compilations
+"""
+
+import filecmp
+import os
+import re
+import shlex
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+WORK = ROOT / "build" / "native"
+MINIMUM_TORCH = "2.10"
+DEFAULT_ARCHS = "80;86;89;90;100;120"
+ELEMENTS = "_elements" + sysconfig.get_config_var("EXT_SUFFIX")
+
+# No contraction and no fast-math: every backend rounds each operation alike. Giving up traps and errno
+# changes no result and lets g++ vectorise comparisons and rint.
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", f"-I{CSRC}"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-t", "2", f"-I{CSRC}"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+TORCH_LIBRARIES = ["torch_cpu", "torch", "c10"]
+TORCH_CUDA_LIBRARIES = ["torch_cuda", "c10_cuda"]
+
+
+NINJA_RULES = """\
+rule compile
+  command = $cmd
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
+rule link
+  command = $cmd
+  description = link $out"""
+
+
+class BuildError(SystemExit):
+    """Ends the build; its text is the last line the user sees."""
+
+
+class Step(NamedTuple):
+    """One command: `output` from `inputs`; a compilation also writes `output`.d, the headers it read."""
+
+    output: Path
+    inputs: list
+    command: list
+    compiles: bool = True
+
+
+def say(text):
+    print(f"qkernels: {text}", flush=True)
+
+
+def setting(name, default, accepted):
+    value = os.environ.get(name, "") or default
+    if value not in accepted:
+        raise BuildError(f"{name}={value!r}: accepted are {', '.join(accepted)}")
+    return value
+
+
+def wanted():
+    return setting("QKERNELS_CPU", "1", ("1", "0")) == "1"
+
+
+def torch_include():
+    """The include folder of a torch >= MINIMUM_TORCH, or None; torch is not imported."""
+    roots = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    roots += site.getsitepackages([sys.prefix, sys.base_prefix])
+    roots += [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+    for package in (Path(root or ".") / "torch" for root in roots):
+        if (package / "include/torch/csrc/stable/library.h").exists() and (package / "version.py").exists():
+            version = re.search(r"__version__ = '(\d+)\.(\d+)", (package / "version.py").read_text())
+            if version and tuple(map(int, version.groups())) >= tuple(map(int, MINIMUM_TORCH.split("."))):
+                return package / "include"
+    return None
+
+
+def find_cxx():
+    """The host C++ compiler as a list of words, or None."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    words = [shlex.split(name) for name in names]
+    return next((word for word in words if shutil.which(word[0])), None)
+
+
+def find_nvcc():
+    """The path of nvcc, or None; QKERNELS_CUDA=1 makes its absence an error."""
+    want = setting("QKERNELS_CUDA", "auto", ("auto", "1", "0"))
+    if want == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    tries = ([f"{home}/bin/nvcc"] if home else []) + [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    found = next((path for path in tries if path and os.access(path, os.X_OK)), None)
+    if want == "1" and not found:
+        raise BuildError("QKERNELS_CUDA=1 but no nvcc on CUDA_HOME, PATH or /usr/local/cuda: set CUDA_HOME")
+    return found
+
+
+def cuda_include(nvcc):
+    """The folder of cuda_runtime.h, asked of nvcc itself: the one on PATH may be a wrapper or a link."""
+    asked = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", asked, re.MULTILINE)
+    home = Path(top[1] if top else nvcc).resolve()
+    for path in [home, *sorted(home.glob("targets/*"))]:
+        if (path / "include/cuda_runtime.h").exists():
+            return path / "include"
+    raise BuildError(
+        f"no cuda_runtime.h under {home}: set CUDA_HOME, or QKERNELS_CUDA=0 to build without CUDA"
+    )
+
+
+def cuda_archs(nvcc):
+    """The chosen architectures; of the default ones, those that this nvcc knows."""
+    chosen = os.environ.get("QKERNELS_CUDA_ARCHS")
+    archs = (chosen or DEFAULT_ARCHS).replace(",", ";").replace(" ", ";").split(";")
+    archs = [arch.replace(".", "") for arch in archs if arch]
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs) or not archs:
+        raise BuildError(f"QKERNELS_CUDA_ARCHS={chosen!r}: accepted is a list such as 80;90;100")
+    if chosen:
+        return archs
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in archs if f"compute_{arch}" in known]
+
+
+def gencode(archs):
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def torch_flags():
+    include = torch_include()
+    if not include:
+        raise BuildError(
+            f"no torch >= {MINIMUM_TORCH} in {sys.prefix}: install it first, or set QKERNELS_CPU=0"
+        )
+    major, minor = map(int, MINIMUM_TORCH.split("."))
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+    return [target, "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+
+
+def compile_step(compiler, flags, source, work):
+    output = work / source.relative_to(CSRC).with_suffix(source.suffix + ".o")
+    dependencies = ["-MD", "-MF", f"{output}.d"]
+    return Step(output, [source], [*compiler, *flags, *dependencies, "-c", str(source), "-o", str(output)])
+
+
+def link_steps(linker, objects, output, libraries, cxx, flag="-Wl,"):
+    """Link against empty libraries with torch's names: the loader needs the names, the linker no symbol."""
+    stubs, folder = [], output.parent.parent / "stubs"
+    empty = ["-shared", "-fPIC", "-x", "c++", "/dev/null"]
+    for name in libraries:
+        stub = folder / f"lib{name}.so"
+        command = [*cxx, *empty, f"-Wl,-soname,{stub.name}", "-o", str(stub)]
+        stubs.append(Step(stub, [], command, compiles=False))
+    needed = [f"{flag}--no-as-needed", f"-L{folder}", *(f"-l{name}" for name in libraries)]
+    command = [*linker, "-shared", *map(str, objects), *(needed if stubs else []), "-o", str(output)]
+    return [*stubs, Step(output, [*objects, *(stub.output for stub in stubs)], command, compiles=False)]
+
+
+def cpu_steps(cxx, work=WORK):
+    sources = sorted((CSRC / "cpu").glob("*.cpp"))
+    if not sources:
+        raise BuildError(f"no source in {CSRC / 'cpu'}")
+    steps = [compile_step(cxx, CXX_FLAGS + torch_flags(), source, work) for source in sources]
+    objects = [step.output for step in steps]
+    return steps + link_steps(cxx, objects, work / "lib/_C_cpu.so", TORCH_LIBRARIES, cxx)
+
+
+def cuda_steps(cxx, nvcc, archs, work=WORK, extra=()):
+    """Kernels through nvcc without a torch header; bind.cpp alone, through the host compiler, sees torch."""
+    host = ["-ccbin", cxx[0]] if len(cxx) == 1 else []
+    flags = [*NVCC_FLAGS, *host, *gencode(archs), *extra]
+    steps = [compile_step([nvcc], flags, source, work) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+    bind_flags = [*CXX_FLAGS, *torch_flags(), "-isystem", str(cuda_include(nvcc))]
+    steps += [compile_step(cxx, bind_flags, source, work) for source in sorted((CSRC / "cuda").glob("*.cpp"))]
+    objects = [step.output for step in steps]
+    linker = [nvcc, "-cudart=static", *host]
+    output, libraries = work / "lib/_C_cuda.so", TORCH_LIBRARIES + TORCH_CUDA_LIBRARIES
+    return steps + link_steps(linker, objects, output, libraries, cxx, flag="-Xlinker=")
+
+
+def elements_steps(cxx, work=WORK):
+    source = CSRC / "elements.cpp"
+    try:
+        import pybind11
+    except ImportError:
+        say("no pybind11: qkernels._elements (the element functions for NumPy) is left out")
+        return []
+    if not source.exists():
+        return []
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    flags = [*CXX_FLAGS, *(word for include in includes for word in ("-isystem", include))]
+    step = compile_step(cxx, flags, source, work)
+    return [step, *link_steps(cxx, [step.output], work / "lib" / ELEMENTS, [], cxx)]
+
+
+def plan():
+    """All the steps of this machine, none where nothing can or shall be compiled."""
+    if not wanted():
+        say("QKERNELS_CPU=0: pure Python, nothing is compiled")
+        return []
+    cxx = find_cxx()
+    if not cxx:
+        if setting("QKERNELS_CUDA", "auto", ("auto", "1", "0")) == "1":
+            raise BuildError("QKERNELS_CUDA=1 but no C++ compiler: install g++ or set CXX")
+        say("no C++ compiler: pure Python, the ops run on plain PyTorch and Triton (install g++, or set CXX)")
+        return []
+    nvcc = find_nvcc()
+    cuda = cuda_steps(cxx, nvcc, cuda_archs(nvcc)) if nvcc and any((CSRC / "cuda").glob("*.cu")) else []
+    steps = {step.output: step for step in [*cpu_steps(cxx), *elements_steps(cxx), *cuda]}
+    return list(steps.values())
+
+
+def write_ninja(steps, path):
+    """A build.ninja whose commands stand in full: a changed flag rebuilds what it touches."""
+
+    def escaped(words):
+        return " ".join(re.sub(r"([$ :])", r"$\1", str(word)) for word in words)
+
+    lines = [f"builddir = {escaped([path.parent])}", NINJA_RULES]
+    for step in steps:
+        rule = "compile" if step.compiles else "link"
+        lines.append(f"build {escaped([step.output])}: {rule} {escaped(step.inputs)}")
+        lines.append("  cmd = " + shlex.join(step.command).replace("$", "$$"))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def run_ninja(steps):
+    """Run what is out of date; without ninja, everything. The compiler's own messages go to the terminal."""
+    for step in steps:
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+    path = WORK / "build.ninja"
+    write_ninja(steps, path)
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+    ninja = shutil.which("ninja")
+    if not ninja:
+        say("no ninja: compiling everything again")
+        return run_all(steps, int(jobs))
+    if subprocess.run([ninja, "-C", str(ROOT), "-f", str(path), "-j", jobs]).returncode:
+        raise BuildError("qkernels: the build failed; the compiler's message stands above")
+
+
+def run_all(steps, jobs):
+    def run(step):
+        done = subprocess.run(step.command, capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"{shlex.join(step.command)}\n{done.stderr}qkernels: the build failed")
+        return done.stdout + done.stderr
+
+    with ThreadPoolExecutor(jobs) as pool:
+        # Links read what compilations and stubs write; a step with inputs among the outputs waits for them.
+        outputs = {step.output for step in steps}
+        first = [step for step in steps if not outputs.intersection(step.inputs)]
+        second = [step for step in steps if outputs.intersection(step.inputs)]
+        return [*pool.map(run, first), *pool.map(run, second)]
+
+
+def build(package):
+    """Compile, put the libraries into the folder `package`, delete stale ones there; returns their paths."""
+    steps = plan()
+    if steps:
+        run_ninja(steps)
+    built = [step.output for step in steps if step.output.parent == WORK / "lib"]
+    package.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in built}
+    for old in [*package.glob("_C_*.so"), *package.glob("_elements*.so")]:
+        if old.name not in names:
+            old.unlink()
+    for path in built:
+        target = package / path.name
+        if not target.exists() or not filecmp.cmp(path, target, shallow=False):
+            # A running process may have the old file mapped: replace the name, never the contents.
+            shutil.copy2(path, target.with_suffix(".tmp"))
+            os.replace(target.with_suffix(".tmp"), target)
+    return [package / name for name in sorted(names)]
+
+
+if __name__ == "__main__":
+    for library in build(ROOT / "qkernels"):
+        say(f"built {library.relative_to(ROOT)}")
