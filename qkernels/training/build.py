@@ -1,0 +1,98 @@
+"""From settings to objects: the model, its quantization, the optimizer and the loss of a training run."""
+
+import torch
+
+import qkernels as qk
+from qkernels.models import build_model
+
+from . import checkpoint
+
+
+def float_model(config, data):
+    """The floating-point network of a run, freshly initialised from the global random state."""
+    return build_model(config["model"], data.num_classes, data.in_channels, data.image_size)
+
+
+def quantize(model, config):
+    """Swaps the quantized layers of the run's method into `model`; a float run returns it unchanged."""
+    if not config["method"]:
+        return model
+    bits = {"weight_bits": config["weight_bits"], "act_bits": config["act_bits"]}
+    try:
+        qconfig = qk.QConfig(method=config["method"], **bits, **config["quantizer"])
+    except TypeError as error:
+        raise ValueError(
+            f"quantizer: {config['quantizer']} has an argument that QConfig does not know: {error}"
+        ) from None
+    return qk.quantize_(model, qconfig)
+
+
+def load_weights(model, path):
+    """Loads a float checkpoint, run folder or .safetensors file into `model`.
+
+    Raises:
+        ValueError: its names or shapes are those of another network; the message names the first of each kind.
+    """
+    state, own = checkpoint.load_model(path), model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+    if missing or unexpected or shapes:
+        facts = [
+            f"{len(names)} {what} (first: {names[0]})"
+            for what, names in (("missing", missing), ("unknown", unexpected), ("of another shape", shapes))
+            if names
+        ]
+        raise ValueError(f"init: {path} does not hold this network's weights: {', '.join(facts)}")
+    model.load_state_dict(state)
+    return model
+
+
+def optimizer(model, config):
+    """SGD or AdamW over `qk.param_groups`, inside the sharpness-aware wrapper the settings name, if any."""
+    decay = config["weight_decay"] * config["weight_decay_by_bits"].get(str(config["weight_bits"]), 1.0)
+    if config["method"]:
+        groups = qk.param_groups(model, lr=config["lr"], weight_decay=decay)
+    else:
+        groups = [{"params": list(model.parameters()), "lr": config["lr"], "weight_decay": decay}]
+    if config["optimizer"] == "adamw":
+        base = torch.optim.AdamW(groups, betas=tuple(config["betas"]))
+    else:
+        base = torch.optim.SGD(groups, momentum=config["momentum"], nesterov=config["nesterov"])
+    if not config["sharpness"]:
+        return base
+    arguments = dict(config["sharpness"])
+    kind = arguments.pop("kind", None)
+    wrappers = {"sam": "SAM", "saq": "SAQ"}
+    if kind not in wrappers:
+        raise ValueError(f"sharpness.kind: {kind!r} is not one of {', '.join(wrappers)}")
+    return getattr(qk.optim, wrappers[kind])(model, base, **arguments)
+
+
+def loss(config, model, teacher):
+    """`loss(output, target, x)`: cross-entropy, plus what the settings' `distill` table asks for.
+
+    "logits": (1 - weight) * CE + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)), Hinton 2015.
+    "features": CE + weight * `qk.distill.FeatureDistillation`.
+    """
+    cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
+    if not config["distill"]:
+        return lambda output, target, x: cross_entropy(output.float(), target)
+    arguments = dict(config["distill"])
+    kind, weight = arguments.pop("kind", None), arguments.pop("weight", 1.0)
+    if kind == "features":
+        distill = qk.distill.FeatureDistillation(student=model, teacher=teacher, **arguments)
+        return lambda output, target, x: cross_entropy(output.float(), target) + weight * distill.loss(x)
+    if kind != "logits":
+        raise ValueError(f"distill.kind: {kind!r} is not one of logits, features")
+    temperature = arguments.pop("temperature", 4.0)
+    if arguments:
+        raise ValueError(f"distill: unknown {', '.join(arguments)}; logits takes weight and temperature")
+
+    def logits_loss(output, target, x):
+        with torch.no_grad():
+            wanted = torch.log_softmax(teacher(x).float() / temperature, 1)
+        given = torch.log_softmax(output.float() / temperature, 1)
+        divergence = torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
+        return (1 - weight) * cross_entropy(output.float(), target) + weight * temperature**2 * divergence
+
+    return logits_loss

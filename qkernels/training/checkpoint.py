@@ -1,0 +1,238 @@
+"""Checkpoints: tensors in safetensors, everything else in JSON, and a crash at any moment leaves a loadable one.
+
+A checkpoint is a folder: `model.safetensors` (the state dict, readable by any tool), `state.safetensors` (every other
+tensor) and `state.json` (version, sizes and checksums of both files, and the structure around the tensors).
+"""
+
+import json
+import os
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+VERSION = 1
+MODEL, STATE, INDEX = "model.safetensors", "state.safetensors", "state.json"
+
+
+def save(path, model, state):
+    """Writes the folder `path` atomically; an existing checkpoint is kept as `path` + ".previous".
+
+    The new folder is completed and flushed under a temporary name first; two renames then put it in place.
+
+    Args:
+        path: the folder, for example `runs/x/checkpoint`; its parent is created.
+        model: a state dict, name -> tensor (other values, such as extra state, go to the JSON).
+        state: nested dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+
+    Raises:
+        TypeError: `state` holds a value of another type; the message names where.
+    """
+    path = Path(path)
+    tensors, plain = {}, {}
+    for name, value in model.items():
+        (tensors if isinstance(value, torch.Tensor) else plain)[name] = value
+    state_tensors = {}
+    encoded = {
+        "model": _encode(plain, "model", state_tensors),
+        "state": _encode(state, "state", state_tensors),
+    }
+    partial, previous = path.with_name(path.name + ".partial"), path.with_name(path.name + ".previous")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    files = {
+        name: _write_tensors(partial / name, data)
+        for name, data in ((MODEL, tensors), (STATE, state_tensors))
+    }
+    _write(partial / INDEX, json.dumps({"version": VERSION, "files": files, **encoded}).encode())
+    _flush_folder(partial)
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(path, previous)
+    os.replace(partial, path)
+    _flush_folder(path.parent)
+
+
+def load(path, device="cpu"):
+    """`(model, state)` as given to `save`, with tensors on `device`.
+
+    When `path` is missing but `path` + ".previous" is there (the machine stopped between two renames), that one is read.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        RuntimeError: it is truncated or damaged, or another version wrote it.
+    """
+    wanted, path = path, latest(path)
+    if path is None:
+        raise FileNotFoundError(f"no checkpoint at {wanted}")
+    try:
+        index = json.loads((path / INDEX).read_text())
+        version = index["version"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"checkpoint {path} has no {INDEX}; {_other(path)}") from None
+    except (ValueError, KeyError, TypeError):
+        raise RuntimeError(
+            f"checkpoint file {path / INDEX} is truncated or damaged; {_other(path)}"
+        ) from None
+    if version != VERSION:
+        raise RuntimeError(
+            f"checkpoint {path} has version {version!r}; this qkernels reads version {VERSION}"
+        )
+    model, tensors = (_read_tensors(path / name, index["files"][name], device) for name in (MODEL, STATE))
+    model.update(_decode(index["model"], tensors))
+    return model, _decode(index["state"], tensors)
+
+
+def load_model(path, device="cpu"):
+    """The state dict alone: `path` is a `.safetensors` file, a checkpoint folder, or a run folder that holds one.
+
+    Raises:
+        FileNotFoundError: none of these is there.
+        RuntimeError: the file is truncated or damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_tensors(path, None, device)
+    for folder in (path, path / "checkpoint"):
+        if latest(folder) is not None:
+            return load(folder, device)[0]
+    raise FileNotFoundError(f"{path} is neither a .safetensors file nor a folder with a checkpoint")
+
+
+def save_tensors(path, tensors):
+    """Writes one safetensors file atomically."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    _write_tensors(partial, tensors)
+    os.replace(partial, path)
+
+
+def latest(path):
+    """`path` if that folder is a checkpoint, else its previous one, else None."""
+    path = Path(path)
+    candidates = (path, path.with_name(path.name + ".previous"))
+    return next((folder for folder in candidates if any((folder / n).exists() for n in (INDEX, STATE))), None)
+
+
+def random_state():
+    """The state of every random number generator a training step may draw from: python, numpy, torch, CUDA."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy_state = [name, keys.tolist(), *rest]
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state):
+    """Restores what `random_state` returned."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]][: torch.cuda.device_count()])
+
+
+def _encode(value, where, tensors):
+    """JSON for `value`; tensors go to `tensors`, and a marked dict {"@kind": ...} stands for what JSON lacks."""
+    if isinstance(value, torch.Tensor):
+        tensors[where] = value
+        return {"@tensor": where, "channels_last": _channels_last(value)}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("@") for key in value):
+            return {key: _encode(item, f"{where}.{key}", tensors) for key, item in value.items()}
+        return {
+            "@items": [
+                [_encode(k, where, tensors), _encode(v, f"{where}.{k}", tensors)] for k, v in value.items()
+            ]
+        }
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item, f"{where}.{i}", tensors) for i, item in enumerate(value)]
+        return {"@tuple": items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value.item() if isinstance(value, np.generic) else value
+    raise TypeError(
+        f"{where}: a checkpoint cannot hold {type(value).__name__}; accepted are tensors, numbers, str, "
+        "bool, None, and dicts, lists and tuples of them"
+    )
+
+
+def _decode(value, tensors):
+    """The inverse of `_encode`."""
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "@tensor" in value:
+        tensor = tensors[value["@tensor"]]
+        return tensor.contiguous(memory_format=torch.channels_last) if value["channels_last"] else tensor
+    if "@items" in value:
+        return {_decode(key, tensors): _decode(item, tensors) for key, item in value["@items"]}
+    if "@tuple" in value:
+        return tuple(_decode(item, tensors) for item in value["@tuple"])
+    return {key: _decode(item, tensors) for key, item in value.items()}
+
+
+def _channels_last(tensor):
+    return (
+        tensor.dim() == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("checkpoints need safetensors: pip install qkernels[train]") from error
+    return safetensors
+
+
+def _write_tensors(path, tensors):
+    """Writes and flushes; copies are made because safetensors refuses tensors that share memory."""
+    packed = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return _write(path, _safetensors().torch.save(packed))
+
+
+def _write(path, data):
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "crc32": zlib.crc32(data)}
+
+
+def _read_tensors(path, expected, device):
+    safetensors = _safetensors()
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint file {path} is missing; {_other(path.parent)}")
+    data = path.read_bytes()
+    if expected is not None and expected != {"bytes": len(data), "crc32": zlib.crc32(data)}:
+        raise RuntimeError(
+            f"checkpoint file {path} is truncated or damaged: {len(data)} bytes, {expected['bytes']} "
+            f"were written; {_other(path.parent)}"
+        )
+    try:
+        return {name: tensor.to(device) for name, tensor in safetensors.torch.load(data).items()}
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise RuntimeError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _other(path):
+    """What the user can do about a damaged checkpoint."""
+    previous = path.with_name(path.name + ".previous")
+    return f"the one before it is in {previous}" if previous.exists() else "there is no previous one"
+
+
+def _flush_folder(path):
+    """Makes renames inside `path` survive a power cut (a no-op where folders cannot be opened)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

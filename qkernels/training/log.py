@@ -1,0 +1,122 @@
+"""What a run shows and records while it trains: a progress line, `log.jsonl`, optionally TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+
+class RunLog:
+    """One JSON object per epoch in `out/log.jsonl`, and the same on the terminal.
+
+    Args:
+        out: the run folder.
+        epochs: of the whole run.
+        start: the first epoch that will be logged; later ones from an earlier attempt are dropped.
+        steps: batches per epoch.
+        tensorboard: also write event files to `out/tensorboard`.
+        quiet: show nothing.
+    """
+
+    def __init__(self, out, epochs, start, steps, *, tensorboard=False, quiet=False):
+        self.path, self.epochs, self.steps, self.quiet = Path(out) / "log.jsonl", epochs, steps, quiet
+        self.writer = _tensorboard(Path(out) / "tensorboard", start) if tensorboard else None
+        kept = [line for line in read_log(out) if line["epoch"] < start]
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.bar = None if quiet else _bar(epochs)
+        self.shown = 0.0
+
+    def step(self, trainer):
+        """Called after each optimizer step; reading the loss waits for the device, so only twice a second."""
+        if self.bar is None or time.monotonic() - self.shown < 0.5:
+            return
+        self.shown = time.monotonic()
+        loss, correct, count = trainer.sums.tolist()
+        self.bar.n = round(trainer.epoch + trainer.batch / self.steps, 2)
+        self.bar.set_postfix_str(f"loss {loss / count:.3f} acc {correct / count:.1%}")
+
+    def epoch(self, record):
+        """Appends one epoch's record."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.writer is not None:
+            for key in sorted(record.keys() - {"epoch"}):
+                self.writer.add_scalar(key, record[key], record["epoch"])
+        if self.bar is not None:
+            self.bar.n = record["epoch"] + 1
+            self.bar.set_postfix_str("")
+        self.say(
+            f"epoch {record['epoch'] + 1:>3}/{self.epochs}  lr {record['lr']:.2e}  train {record['train_loss']:.4f} "
+            f"{record['train_acc']:6.2%}  test {record['test_loss']:.4f} {record['test_acc']:6.2%}  "
+            f"step {record['step_ms']:.1f} ms  {record['images_per_s']:.0f} images/s"
+        )
+
+    def say(self, text):
+        """Prints one line above the progress bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        say(text, self.quiet)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def say(text, quiet=False):
+    """Prints one line to stderr, where progress goes; stdout is for results."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def read_log(out):
+    """The records of `out/log.jsonl`; a line that a crash cut short is left out."""
+    path, records = Path(out) / "log.jsonl", []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def write_json(path, value):
+    """Writes `value` to `path` atomically; raises ValueError for a NaN or an infinity, which JSON lacks."""
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_atomically(path, text):
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _bar(epochs):
+    """A tqdm bar on a terminal, else None: the line per epoch is enough for a file."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    if not sys.stderr.isatty():
+        return None
+    return tqdm(
+        total=epochs,
+        leave=False,
+        bar_format="{desc}{bar:30} {n:.1f}/{total} epochs [{elapsed}<{remaining}] {postfix}",
+    )
+
+
+def _tensorboard(folder, start):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("--tensorboard needs tensorboard: pip install qkernels[tensorboard]") from error
+    return SummaryWriter(str(folder), purge_step=start)

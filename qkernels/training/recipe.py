@@ -1,0 +1,150 @@
+"""Recipes: which settings exist, what a recipe file says about them, and what the user overrides.
+
+A recipe is a TOML file of settings. `base = "lsq"` starts from another recipe, and a table `[data.NAME]` holds what
+differs on that data set.
+"""
+
+import importlib.resources
+from pathlib import Path
+
+SETTINGS = {
+    "summary": "",  # one line for --list-recipes
+    "method": "",  # of QConfig; empty trains in floating point
+    "weight_bits": 4,
+    "act_bits": 4,
+    "epochs": 100,
+    "batch_size": 128,
+    "augment": True,
+    "optimizer": "sgd",  # or "adamw"
+    "lr": 0.1,
+    "momentum": 0.9,
+    "nesterov": False,
+    "betas": [0.9, 0.999],
+    "weight_decay": 1e-4,
+    "weight_decay_by_bits": {},  # weight bits -> factor on weight_decay
+    "schedule": "cosine",  # or "step", "cosine_steps", "constant"
+    "milestones": [],  # of the steps, as fractions of the epochs
+    "gamma": 0.1,
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+    "accumulate": 1,  # batches per optimizer step
+    "clip_grad_norm": 0.0,  # 0 is off
+    "amp": "none",  # or "bf16", "fp16"
+    "compile": False,
+    "channels_last": False,
+    "float_epochs": 0,  # of the float model a quantized run without --init trains first; 0: as the float recipe says
+    "calibration_batches": 8,
+    "bn_reestimate": 0,  # batches for the BatchNorm statistics after training; 0 is off
+    "quantizer": {},  # further arguments of QConfig
+    "distill": {},  # kind = "logits" | "features", weight, ...: a loss against the float model
+    "sharpness": {},  # kind = "sam" | "saq", ...: the optimizer around the optimizer
+}
+POSITIVE = ("epochs", "batch_size", "accumulate", "weight_bits", "act_bits")
+CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("cosine", "step", "cosine_steps", "constant"),
+    "amp": ("none", "bf16", "fp16"),
+}
+_FOLDER = importlib.resources.files(__package__) / "recipes"
+
+
+def available_recipes():
+    """Name -> one-line summary of the recipes that come with the package."""
+    return {name: _read(name)["summary"] for name in _names()}
+
+
+def load_recipe(name, data="", overrides=None):
+    """The complete settings of a recipe: defaults, then its file, then its `[data.NAME]` table, then `overrides`.
+
+    Args:
+        name: the name of a recipe of the package, or the path of a TOML file.
+        data: the data set, as given to `--data` (`digits`, `cifar10:DIR`); selects the table.
+        overrides: setting -> value; `table.key` reaches into a table.
+
+    Raises:
+        ValueError: an unknown recipe, setting or choice, or a value of another type; nothing is guessed.
+    """
+    given = _read(name)
+    tables = given.pop("data", {})
+    settings = {key: dict(value) if isinstance(value, dict) else value for key, value in SETTINGS.items()}
+    for source, layer in (
+        (f"recipe {name}", given),
+        (f"recipe {name} [data]", tables.get(data.partition(":")[0], {})),
+        ("overrides", overrides or {}),
+    ):
+        for key, value in layer.items():
+            _set(settings, key, value, source)
+    _check(settings)
+    if not settings["method"]:
+        settings["weight_bits"] = settings["act_bits"] = 32
+    return settings
+
+
+def parse_assignment(text):
+    """`key=value` of `--set` as (key, value), the value read as TOML, or as a string when it is none."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"--set: {text!r} is not of the form key=value")
+    toml = _toml()
+    try:
+        return key.strip(), toml.loads("value = " + value)["value"]
+    except toml.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _names():
+    return sorted(entry.name[: -len(".toml")] for entry in _FOLDER.iterdir() if entry.name.endswith(".toml"))
+
+
+def _read(name):
+    toml = _toml()
+    file = Path(name) if str(name).endswith(".toml") else _FOLDER / f"{name}.toml"
+    if not file.is_file():
+        raise ValueError(f"recipe: {name!r} is neither a .toml file nor one of {', '.join(_names())}")
+    try:
+        own = toml.loads(file.read_text())
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"recipe: {file} is not valid TOML: {error}") from None
+    base = _read(own.pop("base")) if "base" in own else {"summary": ""}
+    tables = base.get("data", {})
+    own["data"] = tables | {name: tables.get(name, {}) | table for name, table in own.get("data", {}).items()}
+    return base | own
+
+
+def _set(settings, key, value, source):
+    key, _, inner = key.partition(".")
+    if key not in SETTINGS:
+        raise ValueError(f"{source}: unknown setting {key!r}; known are {', '.join(SETTINGS)}")
+    if inner:
+        if not isinstance(SETTINGS[key], dict):
+            raise ValueError(f"{source}: {key}.{inner}: {key} is not a table")
+        settings[key] = {**settings[key], inner: value}
+        return
+    kind = type(SETTINGS[key])
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{source}: {key} = {value!r} is a {type(value).__name__}; expected {kind.__name__}")
+    settings[key] = {**settings[key], **value} if kind is dict else value
+
+
+def _check(settings):
+    for key in POSITIVE:
+        if settings[key] < 1:
+            raise ValueError(f"{key}: {settings[key]} is not positive")
+    for key, choices in CHOICES.items():
+        if settings[key] not in choices:
+            raise ValueError(f"{key}: {settings[key]!r} is not one of {', '.join(choices)}")
+    if settings["lr"] <= 0:
+        raise ValueError(f"lr: {settings['lr']} is not positive")
+
+
+def _toml():
+    try:
+        import tomllib
+    except ImportError:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise ImportError("recipes need tomli on Python 3.10: pip install qkernels[train]") from error
+    return tomllib

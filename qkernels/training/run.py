@@ -1,0 +1,415 @@
+"""`qkernels train`: one training run in one folder, from a recipe to a result."""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shlex
+import signal
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import qkernels as qk
+
+from . import build, checkpoint, distributed
+from .bn import bn_reestimate
+from .data import build_data
+from .engine import Interrupt, Trainer, lr_schedule
+from .log import RunLog, say, write_json
+from .recipe import SETTINGS, available_recipes, load_recipe, parse_assignment
+
+FLAGS = (
+    "weight_bits",
+    "act_bits",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "accumulate",
+    "clip_grad_norm",
+    "float_epochs",
+    "bn_reestimate",
+    "amp",
+    "augment",
+    "compile",
+    "channels_last",
+)
+RUN = {"recipe": "lsq", "model": "resnet20", "data": "digits", "seed": 0, "image_size": 224, "init": None}
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended a run at a step boundary; its checkpoint is complete. `signal` is the number."""
+
+    def __init__(self, number, out):
+        super().__init__(f"stopped; continue with: qkernels train --out {shlex.quote(str(out))} --resume")
+        self.signal = number
+
+
+def add_arguments(parser):
+    """Declares the arguments of `qkernels train`."""
+    parser.add_argument("--out", metavar="DIR", help="the run folder: config, log, checkpoint, result")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, bit for bit")
+    parser.add_argument(
+        "--recipe", metavar="NAME|FILE.toml", help="which settings to start from (default: lsq)"
+    )
+    parser.add_argument("--model", metavar="NAME", help="the network (default: resnet20)")
+    parser.add_argument(
+        "--data", metavar="SPEC", help="digits (default), cifar10:DIR, cifar100:DIR or folder:DIR"
+    )
+    parser.add_argument("--image-size", type=int, metavar="N", help="pixels, for folder:DIR (default: 224)")
+    parser.add_argument(
+        "--init", metavar="RUN|FILE", help="float weights to start from: run folder or .safetensors"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of weights, data order and noise (default: 0)")
+    settings = parser.add_argument_group("settings of the recipe that can be overridden")
+    for name in FLAGS:
+        kind, flag = type(SETTINGS[name]), "--" + name.replace("_", "-")
+        if kind is bool:
+            settings.add_argument(flag, action=argparse.BooleanOptionalAction)
+        else:
+            settings.add_argument(flag, type=kind, metavar=kind.__name__.upper())
+    settings.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any other, or table.key=value"
+    )
+    machine = parser.add_argument_group("this machine")
+    machine.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    machine.add_argument(
+        "--workers", type=int, default=4, metavar="N", help="image loading processes (folder:DIR)"
+    )
+    machine.add_argument(
+        "--deterministic", action="store_true", help="deterministic cuDNN: exact repeats on a GPU too"
+    )
+    machine.add_argument("--tensorboard", action="store_true", help="event files in DIR/tensorboard")
+    machine.add_argument(
+        "--keep-best", action="store_true", help="also keep the epoch of best test accuracy, DIR/best"
+    )
+    machine.add_argument("--quiet", action="store_true", help="print the result only")
+    parser.add_argument("--list-recipes", action="store_true", help="name the recipes and exit")
+
+
+def main(args):
+    """Runs `qkernels train`; returns the exit code."""
+    if args.list_recipes:
+        for name, summary in available_recipes().items():
+            print(f"{name:20} {summary}")
+        return 0
+    if args.out is None:
+        raise ValueError("--out: a folder for the run is needed")
+    given = {key: getattr(args, key) for key in RUN if getattr(args, key) is not None}
+    overrides = {key: getattr(args, key) for key in FLAGS if getattr(args, key) is not None}
+    overrides.update(parse_assignment(text) for text in args.set)
+    if args.resume:
+        config = read_config(args.out)
+        _check_unchanged(config, given, overrides, args.out)
+    else:
+        config = make_config(**given, **overrides)
+    names = ("resume", "device", "threads", "workers", "deterministic", "tensorboard", "keep_best", "quiet")
+    try:
+        result = train(config, args.out, **{name: getattr(args, name) for name in names})
+    except Interrupted as stop:
+        say(f"qkernels: {stop}")
+        return 128 + stop.signal
+    finally:
+        distributed.stop()
+    if result is not None:
+        print(f"{args.out}: test accuracy {result['test_acc']:.2%}, loss {result['test_loss']:.4f}")
+    return 0
+
+
+def make_config(**arguments):
+    """The config of a new run: what `--recipe`, `--model`, `--data`, `--seed`, `--init` and settings say, complete.
+
+    Raises:
+        ValueError: an unknown recipe or setting, or a value that is not accepted.
+    """
+    config = {key: arguments.pop(key, default) for key, default in RUN.items()}
+    settings = load_recipe(config["recipe"], config["data"], arguments)
+    if config["init"] is not None and not settings["method"]:
+        config["init"] = str(config["init"])
+    versions = {
+        "qkernels": getattr(qk, "__version__", None),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    return {**config, **settings, "versions": versions}
+
+
+def read_config(out):
+    """The config of the run in folder `out`; raises FileNotFoundError when there is none."""
+    path = Path(out) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{out} is not a run folder: it has no config.json")
+    return json.loads(path.read_text())
+
+
+def _check_unchanged(config, given, overrides, out):
+    """A resumed run keeps its settings: one that differs is an error, not a silent mixture."""
+    for key, value in {**given, **overrides}.items():
+        table, _, inner = key.partition(".")
+        own = config.get(table)
+        own = own.get(inner) if inner and isinstance(own, dict) else own
+        if own != value:
+            raise ValueError(
+                f"--resume: {key} = {value!r} differs from {own!r} of the run in {out}; leave it out, or "
+                "start a new run"
+            )
+
+
+def train(
+    config,
+    out,
+    *,
+    resume=False,
+    device="auto",
+    threads=None,
+    workers=4,
+    deterministic=False,
+    tensorboard=False,
+    keep_best=False,
+    quiet=False,
+):
+    """Trains as `config` (of `make_config`) says and returns the result, as in `out/result.json`.
+
+    A quantized run without `init` first trains the float network in `out/float`. Under `torchrun` every process calls
+    this, and only the first writes and returns the result (the others None).
+
+    Raises:
+        FileExistsError: `out` holds a run and `resume` is False.
+        Interrupted: Ctrl-C; the checkpoint is written.
+        ValueError, FileNotFoundError: of `config`, before anything is written.
+    """
+    out = Path(out)
+    if (out / "config.json").exists() and not resume:
+        raise FileExistsError(
+            f"--out: {out} already holds a run; add --resume to continue it, or choose another folder"
+        )
+    if resume and (out / "result.json").exists():
+        say(f"{out}: this run is complete", quiet)
+        return json.loads((out / "result.json").read_text())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic = deterministic
+    machine = {"device": distributed.start(_device(device)), "workers": workers}
+    options = {"tensorboard": tensorboard, "keep_best": keep_best, "quiet": quiet or distributed.rank() > 0}
+    data = _data(config, **machine)
+    _seed(config["seed"])
+    model = build.float_model(config, data)
+    if config["method"] and config["init"] is not None:
+        checkpoint.load_model(config["init"])
+    build.optimizer(
+        build.quantize(deepcopy(model), config), config
+    )  # bad settings fail here, before anything is written
+    distributed.barrier()  # every process has looked at `out`
+    if distributed.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", config)
+    init = config["init"]
+    if config["method"] and init is None:
+        init = _train_float(config, out, machine, options)
+    return _train_one(config, out, init, model, data, machine, options)
+
+
+def _train_float(config, out, machine, options):
+    """Trains the float start of a quantized run in `out/float` (or continues, or finds it done); returns that folder."""
+    folder = out / "float"
+    if not (folder / "result.json").exists():
+        say("no --init: training the float model first, in " + str(folder), options["quiet"])
+        same = {key: config[key] for key in ("model", "data", "seed", "image_size", "batch_size", "augment")}
+        epochs = {"epochs": config["float_epochs"]} if config["float_epochs"] else {}
+        start = make_config(recipe="float", **same, **epochs)
+        data = _data(start, **machine)
+        _seed(start["seed"])
+        distributed.barrier()
+        if distributed.rank() == 0:
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "config.json", start)
+        try:
+            _train_one(start, folder, None, build.float_model(start, data), data, machine, options)
+        except Interrupted as stop:
+            raise Interrupted(stop.signal, out) from None
+        distributed.barrier()
+    return folder
+
+
+def _train_one(config, out, init, model, data, machine, options):
+    """Initialises, trains with a checkpoint after every epoch, and writes the result."""
+    device, teacher, first = machine["device"], None, distributed.rank() == 0
+    saved = checkpoint.load(out / "checkpoint", device) if checkpoint.latest(out / "checkpoint") else None
+    if init is not None:
+        build.load_weights(model, init)
+    if config["distill"]:
+        teacher = deepcopy(model).to(device).eval().requires_grad_(False)
+    model = build.quantize(model, config).to(device)
+    if saved is not None:
+        model.load_state_dict(saved[0])
+    elif config["method"]:
+        qk.calibrate(model, data.train, batches=config["calibration_batches"])
+    if saved is None and first:
+        checkpoint.save_tensors(out / "initial.safetensors", model.state_dict())
+    _seed(config["seed"] + distributed.rank())
+    schedule = {key: config[key] for key in ("epochs", "milestones", "gamma", "warmup_epochs")}
+    same = {
+        key: config[key]
+        for key in ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
+    }
+    trainer = Trainer(
+        model,
+        build.optimizer(model, config),
+        build.loss(config, model, teacher),
+        data,
+        device=device,
+        lr_factor=lr_schedule(config["schedule"], **schedule),
+        **same,
+    )
+    best = 0.0
+    if saved is not None:
+        trainer.load_state_dict(saved[1]["trainer"])
+        best = saved[1]["best"]
+        where = (
+            f"epoch {trainer.epoch + 1}, batch {trainer.batch + 1}"
+            if trainer.epoch < config["epochs"]
+            else "the end"
+        )
+        say(f"{out}: continuing from {where}", options["quiet"])
+    log = (
+        RunLog(
+            out,
+            config["epochs"],
+            trainer.epoch,
+            len(data.train),
+            tensorboard=options["tensorboard"],
+            quiet=options["quiet"],
+        )
+        if first
+        else None
+    )
+    if first:
+        trainer.progress = log.step
+    try:
+        _train_epochs(trainer, out, log, best, options["keep_best"])
+    finally:
+        if first:
+            log.close()
+    return _finish(trainer, config, out, data)
+
+
+def _train_epochs(trainer, out, log, best, keep_best):
+    with Interrupt() as interrupt:
+        while trainer.epoch < trainer.epochs:
+            record = trainer.train_epoch(stop=interrupt)
+            if record is not None:
+                record["test_loss"], record["test_acc"] = trainer.evaluate(trainer.data.test)
+                if log is not None:
+                    log.epoch(record)
+                if record["test_acc"] > best:
+                    best = record["test_acc"]
+                    if keep_best:
+                        _save(out / "best", trainer, best)
+            _save(out / "checkpoint", trainer, best)
+            if record is None or (trainer.epoch < trainer.epochs and interrupt()):
+                raise Interrupted(interrupt.signal or signal.SIGINT, out)
+
+
+def _save(path, trainer, best):
+    state = {"trainer": trainer.state_dict(), "best": best}
+    if distributed.rank() == 0:
+        checkpoint.save(path, trainer.model.state_dict(), state)
+
+
+def _finish(trainer, config, out, data):
+    """BatchNorm statistics if asked for, the final measurements, `result.json`."""
+    if config["bn_reestimate"]:
+        data.train.set_epoch(0)
+        bn_reestimate(trainer.model, data.train, config["bn_reestimate"])
+        best = max(json.loads(line)["test_acc"] for line in (out / "log.jsonl").read_text().splitlines())
+        _save(out / "checkpoint", trainer, best)
+    train_loss, train_acc = trainer.evaluate(data.train_eval)
+    test_loss, test_acc = trainer.evaluate(data.test)
+    if distributed.rank() > 0:
+        return None
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = sorted(line["step_ms"] for line in lines if line["step_ms"] is not None)
+    facts = {
+        key: config[key]
+        for key in ("model", "data", "recipe", "method", "weight_bits", "act_bits", "seed", "epochs")
+    }
+    result = {
+        "train_loss": train_loss,
+        "train_acc": train_acc,
+        "test_loss": test_loss,
+        "test_acc": test_acc,
+        **facts,
+        "seconds": sum(line["seconds"] for line in lines),
+        "step_ms": steps[len(steps) // 2] if steps else None,
+        "params": sum(p.numel() for p in trainer.model.parameters()),
+        "device": _device_name(trainer.device),
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world(),
+    }
+    write_json(out / "result.json", result)
+    return result
+
+
+def load_run(out, device="cpu", batch_size=None, which="checkpoint"):
+    """`(model, data, config)` of a trained run, the model in eval mode with its trained weights.
+
+    Args:
+        out: the run folder.
+        device: where model and batches lie.
+        batch_size: of the loaders; None is that of the run.
+        which: "checkpoint" (the last) or "best".
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint in it.
+        RuntimeError: the checkpoint is damaged.
+    """
+    config, device = read_config(out), _device(str(device))
+    state, _ = checkpoint.load(Path(out) / which)
+    data = _data({**config, "batch_size": batch_size or config["batch_size"]}, device=device, workers=4)
+    model = build.quantize(build.float_model(config, data), config)
+    model.load_state_dict(state)
+    return model.to(device).eval(), data, config
+
+
+def _data(config, device, workers):
+    where = {"rank": distributed.rank(), "world_size": distributed.world()}
+    return build_data(
+        config["data"],
+        config["batch_size"],
+        config["seed"],
+        config["augment"],
+        device=device,
+        image_size=config["image_size"],
+        workers=workers,
+        **where,
+    )
+
+
+def _device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: {name!r} is not a device; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: {name!r} is not there; this torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def _device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({os.cpu_count()} cores)"
+
+
+def _seed(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
