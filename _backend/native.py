@@ -33,7 +33,7 @@ ELEMENTS = "_elements" + sysconfig.get_config_var("EXT_SUFFIX")
 # changes no result and lets g++ vectorise comparisons and rint.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", f"-I{CSRC}"]
-NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-t", "2", f"-I{CSRC}"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", f"-I{CSRC}"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 TORCH_LIBRARIES = ["torch_cpu", "torch", "c10"]
 TORCH_CUDA_LIBRARIES = ["torch_cuda", "c10_cuda"]
@@ -174,7 +174,7 @@ def link_steps(linker, objects, output, libraries, cxx, flag="-Wl,"):
     return [*stubs, Step(output, [*objects, *(stub.output for stub in stubs)], command, compiles=False)]
 
 
-def cpu_steps(cxx, work=WORK):
+def cpu_steps(cxx, work):
     sources = sorted((CSRC / "cpu").glob("*.cpp"))
     if not sources:
         raise BuildError(f"no source in {CSRC / 'cpu'}")
@@ -183,7 +183,7 @@ def cpu_steps(cxx, work=WORK):
     return steps + link_steps(cxx, objects, work / "lib/_C_cpu.so", TORCH_LIBRARIES, cxx)
 
 
-def cuda_steps(cxx, nvcc, archs, work=WORK, extra=()):
+def cuda_steps(cxx, nvcc, archs, work, extra):
     """Kernels through nvcc without a torch header; bind.cpp alone, through the host compiler, sees torch."""
     host = ["-ccbin", cxx[0]] if len(cxx) == 1 else []
     flags = [*NVCC_FLAGS, *host, *gencode(archs), *extra]
@@ -196,7 +196,7 @@ def cuda_steps(cxx, nvcc, archs, work=WORK, extra=()):
     return steps + link_steps(linker, objects, output, libraries, cxx, flag="-Xlinker=")
 
 
-def elements_steps(cxx, work=WORK):
+def elements_steps(cxx, work):
     source = CSRC / "elements.cpp"
     try:
         import pybind11
@@ -223,9 +223,11 @@ def plan():
         say("no C++ compiler: pure Python, the ops run on plain PyTorch and Triton (install g++, or set CXX)")
         return []
     nvcc = find_nvcc()
-    cuda = cuda_steps(cxx, nvcc, cuda_archs(nvcc)) if nvcc and any((CSRC / "cuda").glob("*.cu")) else []
-    steps = {step.output: step for step in [*cpu_steps(cxx), *elements_steps(cxx), *cuda]}
-    return list(steps.values())
+    steps = [*cpu_steps(cxx, WORK), *elements_steps(cxx, WORK)]
+    if nvcc and any((CSRC / "cuda").glob("*.cu")):
+        steps += cuda_steps(cxx, nvcc, cuda_archs(nvcc), WORK, extra=["-t", "2"])
+    # The two torch libraries share stubs.
+    return list({step.output: step for step in steps}.values())
 
 
 def write_ninja(steps, path):
@@ -244,8 +246,7 @@ def write_ninja(steps, path):
 
 def run_ninja(steps):
     """Run what is out of date; without ninja, everything. The compiler's own messages go to the terminal."""
-    for step in steps:
-        step.output.parent.mkdir(parents=True, exist_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
     path = WORK / "build.ninja"
     write_ninja(steps, path)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
@@ -258,14 +259,16 @@ def run_ninja(steps):
 
 
 def run_all(steps, jobs):
+    """Run every step, compilations and stubs before links; returns what each printed."""
+
     def run(step):
+        step.output.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(step.command, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{shlex.join(step.command)}\n{done.stderr}qkernels: the build failed")
         return done.stdout + done.stderr
 
     with ThreadPoolExecutor(jobs) as pool:
-        # Links read what compilations and stubs write; a step with inputs among the outputs waits for them.
         outputs = {step.output for step in steps}
         first = [step for step in steps if not outputs.intersection(step.inputs)]
         second = [step for step in steps if outputs.intersection(step.inputs)]
