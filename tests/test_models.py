@@ -149,6 +149,13 @@ def test_convolutions_are_he_initialised():
     assert abs(weight.std().item() - (2 / (256 * 9)) ** 0.5) < 1e-4
 
 
+def test_vit_tiny_tells_positions_apart_from_the_start():
+    torch.manual_seed(0)
+    model = build_model("vit_tiny", 10)
+    patches = model.patch_embed(torch.randn(8, 3, 32, 32))
+    assert 0.5 < (model.pos_embed.std() / patches.std()).item() < 2
+
+
 def test_weights_depend_on_the_seed_alone():
     def weights(seed):
         torch.manual_seed(seed)
