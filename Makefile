@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 GPU_NAME ?= h200
 PYTHON := $(VENV)/bin/python
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install -c constraints.txt
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install --progress-bar off -c constraints.txt
 STAMP := $(VENV)/.qkernels-stamp
 
 .PHONY: help venv build test lint format bench demo cuda-check gpu clean
@@ -19,7 +19,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "python3 >= 3.10 is needed: make PYTHON3=...")'
 	test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV)
 	$(PIP) torch setuptools ninja pybind11
-	$(PYTHON) -c 'import triton' 2>/dev/null || $(PIP) triton==3.9.0
+	$(PYTHON) -c 'import triton' 2>/dev/null || $(PIP) 'triton<3.10'
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
 
