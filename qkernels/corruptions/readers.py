@@ -47,7 +47,8 @@ def _load_array(directory, stem):
         found = ", ".join(sorted(file.name for file in directory.glob("*.npy"))) or "no .npy file"
         raise FileNotFoundError(f"{path} does not exist; {directory} holds {found}")
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        # Unlike np.load it takes .npy alone: a pickle or a zip archive under that name is refused.
+        return np.lib.format.open_memmap(path, mode="r")
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a complete .npy array: {error}") from error
 
