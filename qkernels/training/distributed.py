@@ -40,6 +40,13 @@ def sum_(tensor):
     return tensor
 
 
+def broadcast_(tensors):
+    """Overwrites each tensor with that of process 0."""
+    if active():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def gather(value):
     """The list of every process's `value`, on every process."""
     if not active():

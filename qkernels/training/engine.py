@@ -77,6 +77,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.epoch = self.batch = self.step = 0
+        self.best_acc = 0.0
         self._begin_epoch()
 
     def _begin_epoch(self):
@@ -190,6 +191,7 @@ class Trainer:
 
     def evaluate(self, loader):
         """`(loss, accuracy)` of the model in eval mode: mean cross-entropy and the fraction that is right."""
+        distributed.broadcast_(self.model.buffers())
         with self.autocast():
             return evaluate(self.model, loader, self.device, self.memory_format)
 
@@ -205,6 +207,7 @@ class Trainer:
             "step": self.step,
             "sums": distributed.gather(self.sums.cpu()),
             "seconds": self.seconds,
+            "best_acc": self.best_acc,
             "random": distributed.gather(random_state()),
         }
 
@@ -221,6 +224,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.sums, self.seconds = state["sums"][distributed.rank()].to(self.device), state["seconds"]
+        self.best_acc = state["best_acc"]
         set_random_state(state["random"][distributed.rank()])
 
 

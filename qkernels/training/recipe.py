@@ -135,6 +135,8 @@ def _check(settings):
     for key, choices in CHOICES.items():
         if settings[key] not in choices:
             raise ValueError(f"{key}: {settings[key]!r} is not one of {', '.join(choices)}")
+    if settings["distill"] and not settings["method"]:
+        raise ValueError("distill: needs a quantized method; the teacher is the float model that run starts from")
     if settings["lr"] <= 0:
         raise ValueError(f"lr: {settings['lr']} is not positive")
 

@@ -19,7 +19,7 @@ from . import build, checkpoint, distributed
 from .bn import bn_reestimate
 from .data import build_data
 from .engine import Interrupt, Trainer, lr_schedule
-from .log import RunLog, say, write_json
+from .log import RunLog, read_log, say, write_json
 from .recipe import SETTINGS, available_recipes, load_recipe, parse_assignment
 
 FLAGS = (
@@ -129,9 +129,8 @@ def make_config(**arguments):
         ValueError: an unknown recipe or setting, or a value that is not accepted.
     """
     config = {key: arguments.pop(key, default) for key, default in RUN.items()}
+    config["init"] = None if config["init"] is None else str(config["init"])
     settings = load_recipe(config["recipe"], config["data"], arguments)
-    if config["init"] is not None and not settings["method"]:
-        config["init"] = str(config["init"])
     versions = {
         "qkernels": getattr(qk, "__version__", None),
         "torch": torch.__version__,
@@ -200,11 +199,7 @@ def train(
     data = _data(config, **machine)
     _seed(config["seed"])
     model = build.float_model(config, data)
-    if config["method"] and config["init"] is not None:
-        checkpoint.load_model(config["init"])
-    build.optimizer(
-        build.quantize(deepcopy(model), config), config
-    )  # bad settings fail here, before anything is written
+    _try(config, model)
     distributed.barrier()  # every process has looked at `out`
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -215,12 +210,27 @@ def train(
     return _train_one(config, out, init, model, data, machine, options)
 
 
+def _try(config, model):
+    """Builds on a copy what the run will build, so that a bad setting fails before anything is written."""
+    probe = deepcopy(model)
+    if config["init"] is not None:
+        build.load_weights(probe, config["init"])
+    build.optimizer(build.quantize(probe, config), config)
+    build.loss(config, probe, model)
+    _lr_factor(config)
+
+
+def _lr_factor(config):
+    shape = {key: config[key] for key in ("epochs", "milestones", "gamma", "warmup_epochs")}
+    return lr_schedule(config["schedule"], **shape)
+
+
 def _train_float(config, out, machine, options):
     """Trains the float start of a quantized run in `out/float` (or continues, or finds it done); returns that folder."""
     folder = out / "float"
     if not (folder / "result.json").exists():
         say("no --init: training the float model first, in " + str(folder), options["quiet"])
-        same = {key: config[key] for key in ("model", "data", "seed", "image_size", "batch_size", "augment")}
+        same = {key: config[key] for key in ("model", "data", "seed", "image_size", "augment")}
         epochs = {"epochs": config["float_epochs"]} if config["float_epochs"] else {}
         start = make_config(recipe="float", **same, **epochs)
         data = _data(start, **machine)
@@ -253,53 +263,33 @@ def _train_one(config, out, init, model, data, machine, options):
     if saved is None and first:
         checkpoint.save_tensors(out / "initial.safetensors", model.state_dict())
     _seed(config["seed"] + distributed.rank())
-    schedule = {key: config[key] for key in ("epochs", "milestones", "gamma", "warmup_epochs")}
-    same = {
-        key: config[key]
-        for key in ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
-    }
+    same = ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
     trainer = Trainer(
         model,
         build.optimizer(model, config),
         build.loss(config, model, teacher),
         data,
         device=device,
-        lr_factor=lr_schedule(config["schedule"], **schedule),
-        **same,
+        lr_factor=_lr_factor(config),
+        **{key: config[key] for key in same},
     )
-    best = 0.0
     if saved is not None:
-        trainer.load_state_dict(saved[1]["trainer"])
-        best = saved[1]["best"]
-        where = (
-            f"epoch {trainer.epoch + 1}, batch {trainer.batch + 1}"
-            if trainer.epoch < config["epochs"]
-            else "the end"
-        )
-        say(f"{out}: continuing from {where}", options["quiet"])
-    log = (
-        RunLog(
-            out,
-            config["epochs"],
-            trainer.epoch,
-            len(data.train),
-            tensorboard=options["tensorboard"],
-            quiet=options["quiet"],
-        )
-        if first
-        else None
-    )
+        trainer.load_state_dict(saved[1])
+        say(f"{out}: continuing from epoch {trainer.epoch}, batch {trainer.batch}", options["quiet"])
+    log = None
     if first:
+        shown = {key: options[key] for key in ("tensorboard", "quiet")}
+        log = RunLog(out, config["epochs"], trainer.epoch, len(data.train), **shown)
         trainer.progress = log.step
     try:
-        _train_epochs(trainer, out, log, best, options["keep_best"])
+        _train_epochs(trainer, out, log, options["keep_best"])
     finally:
-        if first:
+        if log is not None:
             log.close()
     return _finish(trainer, config, out, data)
 
 
-def _train_epochs(trainer, out, log, best, keep_best):
+def _train_epochs(trainer, out, log, keep_best):
     with Interrupt() as interrupt:
         while trainer.epoch < trainer.epochs:
             record = trainer.train_epoch(stop=interrupt)
@@ -307,17 +297,17 @@ def _train_epochs(trainer, out, log, best, keep_best):
                 record["test_loss"], record["test_acc"] = trainer.evaluate(trainer.data.test)
                 if log is not None:
                     log.epoch(record)
-                if record["test_acc"] > best:
-                    best = record["test_acc"]
+                if record["test_acc"] > trainer.best_acc:
+                    trainer.best_acc = record["test_acc"]
                     if keep_best:
-                        _save(out / "best", trainer, best)
-            _save(out / "checkpoint", trainer, best)
+                        _save(out / "best", trainer)
+            _save(out / "checkpoint", trainer)
             if record is None or (trainer.epoch < trainer.epochs and interrupt()):
                 raise Interrupted(interrupt.signal or signal.SIGINT, out)
 
 
-def _save(path, trainer, best):
-    state = {"trainer": trainer.state_dict(), "best": best}
+def _save(path, trainer):
+    state = trainer.state_dict()  # on every process: it gathers
     if distributed.rank() == 0:
         checkpoint.save(path, trainer.model.state_dict(), state)
 
@@ -327,13 +317,12 @@ def _finish(trainer, config, out, data):
     if config["bn_reestimate"]:
         data.train.set_epoch(0)
         bn_reestimate(trainer.model, data.train, config["bn_reestimate"])
-        best = max(json.loads(line)["test_acc"] for line in (out / "log.jsonl").read_text().splitlines())
-        _save(out / "checkpoint", trainer, best)
+        _save(out / "checkpoint", trainer)
     train_loss, train_acc = trainer.evaluate(data.train_eval)
     test_loss, test_acc = trainer.evaluate(data.test)
     if distributed.rank() > 0:
         return None
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = read_log(out)
     steps = sorted(line["step_ms"] for line in lines if line["step_ms"] is not None)
     facts = {
         key: config[key]
