@@ -1,0 +1,157 @@
+// The gradient of fake_quantize on the CPU: one pass over grad and x gives dx and the rows' sums.
+#include "cpu/arguments.h"
+
+namespace qk {
+namespace {
+
+// `common`: no offset to learn, the plain straight-through estimator; its loop carries one sum instead of two.
+template <int64_t kind, bool common, class S, class Grids>
+QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S>* n, int64_t count,
+                    const Grids& grids, Estimator<Compute<S>> estimator, Compute<S>* __restrict dscale,
+                    Compute<S>* __restrict doffset) {
+  using C = Compute<S>;
+  C out[kLanes];
+  for (int64_t begin = 0; begin < count; begin += kLanes) {
+    const int64_t length = std::min(kLanes, count - begin);
+    const auto body = [&](int64_t j) __attribute__((always_inline)) {
+      const C variate = kind == kPlain ? C(0) : n[begin + j];
+      const Gradient<C> term = fake_quantize_backward<math_kind(kind)>(
+          load(grad[begin + j]), load(x[begin + j]), grids[begin + j], variate,
+          common ? Estimator<C>{false, C(0)} : estimator);
+      const int64_t lane = std::is_same_v<Grids, OneGrid<C>> ? j : begin + j;
+      out[j] = term.dx;
+      dscale[lane] += term.dscale;
+      if (!common) doffset[lane] += term.doffset;
+    };
+    if (length == kLanes) {
+      for (int64_t j = 0; j < kLanes; ++j) body(j);
+      for (int64_t j = 0; j < kLanes; ++j) dx[begin + j] = store<S>(out[j]);
+    } else {
+      for (int64_t j = 0; j < length; ++j) body(j);
+      for (int64_t j = 0; j < length; ++j) dx[begin + j] = store<S>(out[j]);
+    }
+  }
+}
+
+struct Sums {
+  double *dscale, *doffset;
+};
+
+template <int64_t kind, bool common, class S>
+QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<S>>& rows, const S* grad, const S* x,
+                                           S* dx, Variates<S> variates, Estimator<Compute<S>> estimator, Sums sums,
+                                           int64_t first, int64_t last) {
+  using C = Compute<S>;
+  C noise[kTile + 8];
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t run = unit / walk.parts, part = unit % walk.parts;
+    const int64_t begin = run * walk.inner + part * kBlock;
+    const int64_t end = std::min(begin + kBlock, (run + 1) * walk.inner);
+    const OneGrid<C> grids{rows.grid(run % walk.rows)};
+    C dscale[kLanes] = {}, doffset[kLanes] = {};
+    const int64_t step = kind == kPlain ? kBlock : kTile;
+    for (int64_t i = begin; i < end; i += step) {
+      const int64_t count = std::min(step, end - i);
+      backward<kind, common>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
+                             dscale, doffset);
+    }
+    double s = 0, o = 0;
+    for (int64_t j = 0; j < kLanes; ++j) s += dscale[j], o += doffset[j];
+    sums.dscale[unit] = s;
+    sums.doffset[unit] = o;
+  }
+}
+
+template <int64_t kind, bool common, class S>
+QK_CLONES void fake_quantize_backward_columns(const Walk& walk, const Rows<Compute<S>>& rows, const S* grad,
+                                              const S* x, S* dx, Variates<S> variates,
+                                              Estimator<Compute<S>> estimator, Sums sums, int64_t first,
+                                              int64_t last) {
+  using C = Compute<S>;
+  C noise[kTile + 8], dscale[kTile], doffset[kTile];
+  ColumnGrids<C> grids;
+  const int64_t period = walk.rows * walk.inner;
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
+    const int64_t count = std::min(walk.tile, period - column);
+    if (unit == first || part == 0) grids.fill(rows, column / walk.inner, walk.inner, count);
+    std::fill(dscale, dscale + count, C(0));
+    std::fill(doffset, doffset + count, C(0));
+    const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
+    for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
+      const int64_t i = repeat * period + column;
+      backward<kind, common>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
+                             dscale, doffset);
+    }
+    for (int64_t j = 0, row = column / walk.inner; j < count; ++row) {
+      double s = 0, o = 0;
+      for (int64_t k = 0; k < walk.inner; ++k, ++j) s += dscale[j], o += doffset[j];
+      sums.dscale[part * walk.rows + row] = s;
+      sums.doffset[part * walk.rows + row] = o;
+    }
+  }
+}
+
+// Partial sums in unit order, row by row, in double.
+template <class C>
+void finish(const Walk& walk, const std::vector<double>& partial, double factor, const C* signs, C* out) {
+  const int64_t cycle = walk.columns ? walk.rows : walk.rows * walk.parts;
+  const int64_t repeats = int64_t(partial.size()) / cycle, width = walk.columns ? 1 : walk.parts;
+  for (int64_t row = 0; row < walk.rows; ++row) {
+    double sum = 0;
+    for (int64_t r = 0; r < repeats; ++r) {
+      for (int64_t k = 0; k < width; ++k) sum += partial[r * cycle + row * width + k];
+    }
+    out[row] = C(sum * factor * (signs ? double(sign_of(signs[row])) : 1.0));
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
+    const Tensor& grad_, const Tensor& x_, const Tensor& scale, const MaybeTensor& offset,
+    const MaybeTensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max, double grad_scale,
+    bool clip_only, double ewgs, int64_t noise, double a, double b, const MaybeTensor& seed, int64_t stream) {
+  const Tensor x = ordered(x_, scale, axis), grad = aligned(grad_, x);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "qkernels: grad and x differ in dtype");
+  Tensor dx = torch::stable::empty_like(x);
+  const ScalarType type = compute_type(x.scalar_type());
+  const int64_t count = scale.numel(), offsets = offset ? count : 0;
+  Tensor dscale = torch::stable::new_empty(x, {count}, type), doffset = torch::stable::new_empty(x, {offsets}, type);
+  const Walk walk(x.numel(), layout_of(x, scale, axis));
+  const Drawn drawn(backward_kind(noise), a, b, seed, stream, {}, {}, x);
+  const size_t partials = walk.columns ? walk.parts * walk.rows : walk.units();
+  std::vector<double> dscales(partials), doffsets(partials);
+  with_storage(x.scalar_type(), [&](auto storage) {
+    using S = decltype(storage);
+    using C = Compute<S>;
+    const RowTensors<C> rows(x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
+    const S *g = static_cast<const S*>(grad.const_data_ptr()), *in = static_cast<const S*>(x.const_data_ptr());
+    S* out = static_cast<S*>(dx.mutable_data_ptr());
+    const bool common = !offset && !clip_only && ewgs == 0;
+    with_kind<kBackwardKinds>(drawn.kind, [&](auto kind) {
+      constexpr int64_t k = decltype(kind)::value;
+      auto loop = walk.columns ? fake_quantize_backward_columns<k, false, S> : fake_quantize_backward_runs<k, false, S>;
+      if constexpr (k == kPlain) {
+        if (common) {
+          loop = walk.columns ? fake_quantize_backward_columns<k, true, S> : fake_quantize_backward_runs<k, true, S>;
+        }
+      }
+      torch::stable::parallel_for(0, walk.units(), walk.grain(), [&](int64_t first, int64_t last) {
+        loop(walk, rows.rows, g, in, out, drawn.variates<S>(), {clip_only, C(ewgs)},
+             {dscales.data(), doffsets.data()}, first, last);
+      });
+    });
+    finish(walk, dscales, grad_scale, rows.rows.scale, static_cast<C*>(dscale.mutable_data_ptr()));
+    if (offset) {
+      finish(walk, doffsets, grad_scale, static_cast<const C*>(nullptr), static_cast<C*>(doffset.mutable_data_ptr()));
+    }
+  });
+  return {dx, dscale, doffset};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_cpu));
+}
+
+}  // namespace qk

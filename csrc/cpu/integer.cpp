@@ -1,0 +1,122 @@
+// Integer levels on the CPU: quantize, dequantize, pack, unpack.
+#include "cpu/arguments.h"
+#include "math/pack.h"
+
+namespace qk {
+namespace {
+
+// f(i, row) over the walk's units, elements of a row in order
+template <class F>
+QK_HD void each_element(const Walk& walk, int64_t first, int64_t last, const F& f) {
+  for (int64_t unit = first; unit < last; ++unit) {
+    if (walk.columns) {
+      const int64_t tile = unit / walk.parts, part = unit % walk.parts, period = walk.rows * walk.inner;
+      const int64_t begin = tile * walk.tile, end = std::min(begin + walk.tile, period);
+      const int64_t stop = std::min((part + 1) * walk.stretch, walk.repeats);
+      for (int64_t repeat = part * walk.stretch; repeat < stop; ++repeat) {
+        for (int64_t row = begin / walk.inner; row * walk.inner < end; ++row) {
+          f(repeat * period + row * walk.inner, repeat * period + (row + 1) * walk.inner, row);
+        }
+      }
+    } else {
+      const int64_t run = unit / walk.parts, begin = run * walk.inner + unit % walk.parts * kBlock;
+      f(begin, std::min(begin + kBlock, (run + 1) * walk.inner), run % walk.rows);
+    }
+  }
+}
+
+template <class S>
+QK_CLONES void quantize_units(const Walk& walk, const Rows<Compute<S>>& rows, const S* x, uint8_t* q, int64_t first,
+                              int64_t last) {
+  each_element(walk, first, last, [&](int64_t begin, int64_t end, int64_t row) __attribute__((always_inline)) {
+    const Grid<Compute<S>> grid = rows.grid(row);
+    const int32_t zero = rows.zero_point ? rows.zero_point[row] : 0;
+    for (int64_t i = begin; i < end; ++i) q[i] = uint8_t(quantize(load(x[i]), grid, zero));
+  });
+}
+
+template <class Q, class S>
+QK_CLONES void dequantize_units(const Walk& walk, const Rows<Compute<S>>& rows, const Q* q, S* y, int64_t first,
+                                int64_t last) {
+  each_element(walk, first, last, [&](int64_t begin, int64_t end, int64_t row) __attribute__((always_inline)) {
+    const Grid<Compute<S>> grid = rows.grid(row);
+    const int32_t zero = rows.zero_point ? rows.zero_point[row] : 0;
+    for (int64_t i = begin; i < end; ++i) y[i] = store<S>(dequantize(int32_t(q[i]), grid, zero));
+  });
+}
+
+Tensor quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
+                    int64_t axis, int64_t quant_min, int64_t quant_max) {
+  const Tensor x = ordered(x_, scale, axis);
+  Tensor q = empty_like_as(x, quant_max > 127 ? ScalarType::Byte : ScalarType::Char);
+  const Walk walk(x.numel(), layout_of(x, scale, axis));
+  with_storage(x.scalar_type(), [&](auto storage) {
+    using S = decltype(storage);
+    const RowTensors<Compute<S>> rows(x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
+    torch::stable::parallel_for(0, walk.units(), walk.grain(), [&](int64_t first, int64_t last) {
+      quantize_units<S>(walk, rows.rows, static_cast<const S*>(x.const_data_ptr()),
+                        static_cast<uint8_t*>(q.mutable_data_ptr()), first, last);
+    });
+  });
+  return q;
+}
+
+Tensor dequantize_cpu(const Tensor& q_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
+                      int64_t axis, ScalarType dtype) {
+  const Tensor q = ordered(q_, scale, axis);
+  Tensor y = empty_like_as(q, dtype);
+  const Walk walk(q.numel(), layout_of(q, scale, axis));
+  with_storage(dtype, [&](auto storage) {
+    using S = decltype(storage);
+    const RowTensors<Compute<S>> rows(dtype, scale, offset, zero_point, 0, 0);
+    S* out = static_cast<S*>(y.mutable_data_ptr());
+    torch::stable::parallel_for(0, walk.units(), walk.grain(), [&](int64_t first, int64_t last) {
+      if (q.scalar_type() == ScalarType::Byte) {
+        dequantize_units(walk, rows.rows, static_cast<const uint8_t*>(q.const_data_ptr()), out, first, last);
+      } else {
+        dequantize_units(walk, rows.rows, static_cast<const int8_t*>(q.const_data_ptr()), out, first, last);
+      }
+    });
+  });
+  return y;
+}
+
+Tensor pack_cpu(const Tensor& q_, int64_t bits) {
+  const Tensor q = torch::stable::contiguous(q_);
+  const int64_t per_byte = 8 / bits, bytes = (q.numel() + per_byte - 1) / per_byte;
+  Tensor p = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  const uint8_t* in = static_cast<const uint8_t*>(q.const_data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(p.mutable_data_ptr());
+  torch::stable::parallel_for(0, bytes, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      out[i] = pack_byte(in + i * per_byte, std::min(per_byte, q.numel() - i * per_byte), int(bits));
+    }
+  });
+  return p;
+}
+
+Tensor unpack_cpu(const Tensor& p_, int64_t bits, int64_t numel, bool is_signed) {
+  const Tensor p = torch::stable::contiguous(p_);
+  const int64_t per_byte = 8 / bits;
+  STD_TORCH_CHECK(p.numel() * per_byte >= numel, "qkernels: p is too short");
+  Tensor q = torch::stable::new_empty(p, {numel}, is_signed ? ScalarType::Char : ScalarType::Byte);
+  const uint8_t* in = static_cast<const uint8_t*>(p.const_data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(q.mutable_data_ptr());
+  torch::stable::parallel_for(0, numel, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      out[i] = unpack_field(in[i / per_byte], int(i % per_byte), int(bits), is_signed);
+    }
+  });
+  return q;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&quantize_cpu));
+  m.impl("dequantize", TORCH_BOX(&dequantize_cpu));
+  m.impl("pack", TORCH_BOX(&pack_cpu));
+  m.impl("unpack", TORCH_BOX(&unpack_cpu));
+}
+
+}  // namespace qk

@@ -1,0 +1,62 @@
+// Half types as 16-bit integers with branch-free conversions that g++ vectorises; round to nearest even, NaN stays NaN.
+#pragma once
+#include "math/noise.h"
+
+// One function body per instruction set, chosen when the library is loaded: one wheel, no -march, full speed.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(QK_NO_CLONES)
+#define QK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define QK_CLONES
+#endif
+
+namespace qk {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+QK_HD double load(double x) { return x; }
+QK_HD float load(float x) { return x; }
+QK_HD float load(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+QK_HD float load(Half x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7FFFu) << 13, sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t scaled = float_to_bits(bits_to_float(magnitude) * 0x1p112f);
+  const uint32_t special = (x.bits & 0x7C00u) == 0x7C00u ? 0x7F800000u : 0u;
+  return bits_to_float(scaled | special | sign);
+}
+
+template <class S>
+S store(decltype(load(S())) x);
+
+template <>
+QK_HD double store<double>(double x) {
+  return x;
+}
+template <>
+QK_HD float store<float>(float x) {
+  return x;
+}
+template <>
+QK_HD BFloat16 store<BFloat16>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return {uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
+}
+template <>
+QK_HD Half store<Half>(float x) {
+  const uint32_t bits = float_to_bits(x), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000u;
+  const uint32_t normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477FF000u ? 0x7C00u : half;
+  half = magnitude > 0x7F800000u ? 0x7E00u : half;
+  return {uint16_t(half | sign)};
+}
+
+template <class S>
+using Compute = decltype(load(S()));
+
+}  // namespace qk

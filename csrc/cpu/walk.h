@@ -1,0 +1,116 @@
+// How the CPU walks rows: the memory is cut into fixed units, whatever the number of threads, and each unit leaves its
+// own partial sums, so that every result has the same bits on one thread and on many.
+//
+//   runs:     a unit is up to kBlock neighbouring elements of one row (inner >= kRunLength, or a single row)
+//   columns:  rows change every few elements; a unit is a tile of up to kTile memory columns (a whole number of rows)
+//             times a stretch of their repetitions, with the row's numbers spread over the columns
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "cpu/types.h"
+#include "math/quantize.h"
+
+namespace qk {
+
+constexpr int64_t kLanes = 64;       // partial sums kept side by side in one run
+constexpr int64_t kBlock = 16384;    // elements of a unit of a run
+constexpr int64_t kTile = 1024;      // columns of a tile; also the variates drawn at a time
+constexpr int64_t kRunLength = 32;   // shorter runs are walked as columns
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+struct Walk {
+  int64_t numel, rows, inner;
+  bool columns;
+  int64_t parts;       // runs: blocks of a run; columns: stretches of repetitions
+  int64_t count;       // runs: runs in all; columns: tiles
+  int64_t tile, repeats, stretch;  // columns only: columns of a tile, repetitions of the period, and of one unit
+
+  Walk(int64_t numel, Layout layout) : numel(numel), rows(layout.rows), inner(layout.inner) {
+    columns = rows > 1 && inner < kRunLength;
+    if (!columns) {
+      count = numel ? numel / inner : 0;
+      parts = (inner + kBlock - 1) / kBlock;
+      tile = repeats = stretch = 0;
+      return;
+    }
+    const int64_t period = rows * inner;
+    tile = std::min(period, kTile / inner * inner);
+    repeats = numel / period;
+    stretch = std::max<int64_t>(1, kBlock / tile);
+    count = (period + tile - 1) / tile;
+    parts = (repeats + stretch - 1) / stretch;
+  }
+  int64_t units() const { return count * parts; }
+  int64_t grain() const { return std::max<int64_t>(1, kGrain * units() / std::max<int64_t>(numel, 1)); }
+};
+
+// Pointers to the rows' numbers. An absent offset or zero point is null.
+template <class C>
+struct Rows {
+  const C *scale, *offset;
+  const int32_t* zero_point;
+  int64_t quant_min, quant_max;
+
+  QK_HD Grid<C> grid(int64_t row) const {
+    const int64_t zero = zero_point ? zero_point[row] : 0;
+    return {safe_scale(scale[row]), offset ? offset[row] : C(0), C(quant_min - zero), C(quant_max - zero)};
+  }
+};
+
+template <class C>
+struct OneGrid {
+  Grid<C> grid;
+  QK_HD Grid<C> operator[](int64_t) const { return grid; }
+};
+
+template <class C>
+struct ColumnGrids {
+  C scale[kTile], offset[kTile], lo[kTile], hi[kTile];
+
+  QK_HD Grid<C> operator[](int64_t j) const { return {scale[j], offset[j], lo[j], hi[j]}; }
+  QK_HD void fill(const Rows<C>& rows, int64_t first_row, int64_t inner, int64_t columns) {
+    for (int64_t j = 0, row = first_row; j < columns; ++row) {
+      const Grid<C> grid = rows.grid(row);
+      for (int64_t k = 0; k < inner; ++k, ++j) {
+        scale[j] = grid.scale, offset[j] = grid.offset, lo[j] = grid.lo, hi[j] = grid.hi;
+      }
+    }
+  }
+};
+
+// Where the variate of an element comes from: Philox at (seed, stream, index), or the caller's tensor (kShift).
+template <class S>
+struct Variates {
+  uint64_t seed, stream;
+  const S* given;
+};
+
+// The variates of `count` (<= kTile) elements from `first` on. `out` has room for kTile + 8.
+template <int64_t kind, class S>
+QK_HD const Compute<S>* draw(Variates<S> from, int64_t first, int64_t count, Compute<S>* out) {
+  using C = Compute<S>;
+  if (kind == kPlain) return out;
+  if (kind == kShift) {
+    for (int64_t j = 0; j < count; ++j) out[j] = load(from.given[first + j]);
+    return out;
+  }
+  const uint64_t counter = uint64_t(first) >> 2;
+  const int64_t skip = first & 3, counters = (skip + count + 3) >> 2;
+  for (int64_t j = 0; j < counters; ++j) {
+    const Words words = philox(from.seed, from.stream, counter + uint64_t(j));
+    if (kind == kTempering || kind == kPseudoNormal) {
+      const Normals n = normals(words);
+      for (int k = 0; k < 4; ++k) out[4 * j + k] = C(kind == kPseudoNormal ? 0.5f * n.n[k] : n.n[k]);
+    } else {
+      for (int k = 0; k < 4; ++k) {
+        out[4 * j + k] = C(kind == kStochastic ? uniform(words.w[k]) : uniform(words.w[k]) - 0.5f);
+      }
+    }
+  }
+  return out + skip;
+}
+
+constexpr int64_t math_kind(int64_t kind) { return kind == kPseudoNormal ? int64_t(kPseudo) : kind; }
+
+}  // namespace qk

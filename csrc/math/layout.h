@@ -1,0 +1,19 @@
+// Which scale does element i use? One pair (rows, inner): element i of the dense memory uses row (i / inner) % rows.
+#pragma once
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define QK_HD __host__ __device__ __forceinline__
+#else
+#define QK_HD inline __attribute__((always_inline))
+#endif
+
+namespace qk {
+
+struct Layout {
+  int64_t rows, inner;
+};
+
+QK_HD int64_t row_of(int64_t i, Layout layout) { return (i / layout.inner) % layout.rows; }
+
+}  // namespace qk

@@ -1,0 +1,116 @@
+"""What runs where. The dispatcher is the only chooser; this file loads the libraries and says what it found.
+
+QKERNELS_BACKEND=reference|triton|native (read once, here) or ``use_backend`` forces one implementation.
+"""
+
+import contextlib
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from . import reference
+
+BACKENDS = ("native", "triton", "reference")
+LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
+SCHEMAS: dict[str, str] = {}
+why_not: dict[str, str] = {}  # device -> why its native library does not serve
+
+library = torch.library.Library("qkernels", "DEF")
+_forced: str | None = None
+
+
+def define(name: str, schema: str, fake) -> None:
+    """Declare an op: its schema, its fake, and the reference as the implementation on any device."""
+    SCHEMAS[name] = schema
+    library.define(f"{name}{schema}")
+    library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qkernels::{name}", fake, lib=library)
+
+
+def load() -> None:
+    """Load the native libraries that are there; give CUDA to Triton where no native library serves it."""
+    folder = Path(__file__).parent
+    for device, file in LIBRARIES.items():
+        if device == "cuda" and torch.version.cuda is None:
+            why_not[device] = "this torch is a CPU build"
+        elif not (folder / file).exists():
+            why_not[device] = f"{file} was not built (no compiler at install time, or it was switched off)"
+        else:
+            try:
+                torch.ops.load_library(str(folder / file))
+            except OSError as error:
+                why_not[device] = f"{file} does not load: {error}"
+    if "cuda" in why_not and has_triton():
+        for name in SCHEMAS:
+            if _triton(name) is not None:
+                library.impl(name, _lazy_triton(name), "CUDA")
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+_TRITON_OPS = {"fake_quantize", "fake_quantize_backward", "quantize", "dequantize", "pack", "unpack"}
+
+
+def _triton(name: str):
+    return name if name in _TRITON_OPS else None
+
+
+def _lazy_triton(name: str):
+    """The Triton launcher of an op, imported at its first call: importing qkernels compiles nothing."""
+
+    def launcher(*args):
+        from . import triton
+
+        return getattr(triton, name)(*args)
+
+    return launcher
+
+
+def op(name: str):
+    """The callable that serves an op: the dispatcher's, or the forced backend's."""
+    if _forced is None or _forced == "native":
+        return getattr(torch.ops.qkernels, name).default
+    return getattr(reference, name) if _forced == "reference" else _lazy_triton(name)
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Run every op inside the block on one backend: "native", "triton" or "reference".
+
+    ValueError for another name; RuntimeError where that backend is not there.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "native" and set(why_not) == set(LIBRARIES):
+        raise RuntimeError(f"backend 'native' is not available: {why_not['cpu']}")
+    if name == "triton" and not has_triton():
+        raise RuntimeError("backend 'triton' is not available: install qkernels[triton]")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def serves(name: str, device: str) -> str:
+    """Which backend answers an op on a device now."""
+    if _forced is not None and _forced != "native":
+        return _forced
+    key = device.upper()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{name}", key):
+        return "triton" if device == "cuda" and "cuda" in why_not else "native"
+    return "reference"
+
+
+def _force_from_environment() -> None:
+    global _forced
+    name = os.environ.get("QKERNELS_BACKEND", "")
+    if name and name != "auto":
+        with use_backend(name):
+            pass
+        _forced = name

@@ -1,0 +1,401 @@
+"""The quantizer's ops: legal arguments, granularity, schema, fake, autograd.Function and public function together."""
+
+import torch
+
+from .. import backend, layout
+from .. import noise as noises
+from ..reference import quantize as reference
+
+_NOISE = "int noise, float a, float b, Tensor? seed, int stream"
+_GRID = "Tensor scale, Tensor? offset, Tensor? zero_point, int axis, int quant_min, int quant_max"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fake_like(x, scale, offset, zero_point, axis, *rest):
+    return torch.empty_like(layout.ordered(x, scale.numel(), axis))
+
+
+def _fake_backward(grad, x, scale, offset, zero_point, axis, *rest):
+    rows = scale.numel()
+    dx = torch.empty_like(layout.ordered(x, rows, axis))
+    return dx, scale.new_empty(rows), scale.new_empty(0 if offset is None else rows)
+
+
+def _fake_quantized(x, scale, offset, zero_point, axis, quant_min, quant_max):
+    like = layout.ordered(x, scale.numel(), axis)
+    return torch.empty_like(like, dtype=reference.integer_type(quant_max))
+
+
+def _fake_dequantized(q, scale, offset, zero_point, axis, dtype):
+    return torch.empty_like(layout.ordered(q, scale.numel(), axis), dtype=dtype)
+
+
+def _fake_pack(q, bits):
+    return q.new_empty((q.numel() * bits + 7) // 8, dtype=torch.uint8)
+
+
+def _fake_unpack(p, bits, numel, signed):
+    return p.new_empty(numel, dtype=torch.int8 if signed else torch.uint8)
+
+
+backend.define(
+    "fake_quantize",
+    f"(Tensor x, {_GRID}, {_NOISE}, Tensor? shift, Tensor? shift_scale) -> Tensor",
+    _fake_like,
+)
+backend.define(
+    "fake_quantize_backward",
+    f"(Tensor grad, Tensor x, {_GRID}, float grad_scale, bool clip_only, float ewgs, {_NOISE}) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+backend.define("quantize", f"(Tensor x, {_GRID}) -> Tensor", _fake_quantized)
+backend.define(
+    "dequantize",
+    "(Tensor q, Tensor scale, Tensor? offset, Tensor? zero_point, int axis, ScalarType dtype) -> Tensor",
+    _fake_dequantized,
+)
+backend.define("pack", "(Tensor q, int bits) -> Tensor", _fake_pack)
+backend.define("unpack", "(Tensor p, int bits, int numel, bool signed) -> Tensor", _fake_unpack)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Remembers its inputs, nothing else."""
+
+    @staticmethod
+    def forward(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max, grad_scale,
+                clip_only, ewgs, noise, a, b, stream):  # fmt: skip
+        return backend.op("fake_quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max, noise, a, b, seed,
+                                           stream, shift, shift_scale)  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+        ctx.settings = inputs[7:]
+
+    @staticmethod
+    def backward(ctx, grad):
+        run = FakeQuantizeBackward.apply if torch.is_grad_enabled() else FakeQuantizeBackward.forward
+        dx, dscale, doffset = run(grad, *ctx.saved_tensors, *ctx.settings)
+        return (dx, dscale, doffset if ctx.needs_input_grad[2] else None, *[None] * 14)
+
+    @staticmethod
+    def jvp(ctx, x_t, scale_t, offset_t, *rest):
+        x, scale, offset = ctx.saved_tensors[:3]
+        return _tangent(
+            _slopes(ctx.saved_tensors, ctx.settings), x, scale, ctx.settings, x_t, scale_t, offset_t
+        )
+
+    @staticmethod
+    def vmap(info, dims, x, scale, offset, zero_point, seed, shift, shift_scale, axis, *rest):
+        batch = _Batch(info, dims, x, scale, axis, seed_dim=dims[4])
+        y = FakeQuantize.apply(
+            batch.elements(x, dims[0]), batch.rows(scale, dims[1]), batch.rows(offset, dims[2]),
+            batch.rows(zero_point, dims[3]), seed, batch.elements(shift, dims[5]), shift_scale, batch.axis, *rest
+        )  # fmt: skip
+        return batch.split(y), 0
+
+
+class FakeQuantizeBackward(torch.autograd.Function):
+    """The gradient as a function of its own, linear in grad: second derivatives are the surrogate's, never silently 0."""
+
+    @staticmethod
+    def forward(grad, x, scale, offset, zero_point, seed, axis, quant_min, quant_max, grad_scale, clip_only, ewgs,
+                noise, a, b, stream):  # fmt: skip
+        return backend.op("fake_quantize_backward")(grad, x, scale, offset, zero_point, axis, quant_min, quant_max,
+                                                    grad_scale, clip_only, ewgs, noise, a, b, seed, stream)  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6])
+        ctx.save_for_forward(*inputs[:6])
+        ctx.settings = inputs[6:]
+
+    @staticmethod
+    def backward(ctx, ddx, ddscale, ddoffset):
+        grad, x, scale, *rest = ctx.saved_tensors
+        slopes = _slopes((x, scale, *rest), ctx.settings)
+        dgrad = _tangent(slopes, x, scale, ctx.settings, ddx, ddscale, ddoffset, grad)
+        return (dgrad, *[None] * 15)
+
+    @staticmethod
+    def jvp(ctx, grad_t, *rest):
+        if grad_t is None:
+            grad_t = torch.zeros_like(ctx.saved_tensors[0])
+        return FakeQuantizeBackward.apply(grad_t, *ctx.saved_tensors[1:], *ctx.settings)
+
+    @staticmethod
+    def vmap(info, dims, grad, x, scale, offset, zero_point, seed, axis, *rest):
+        batch = _Batch(info, dims[1:], x, scale, axis, seed_dim=dims[5])
+        dx, dscale, doffset = FakeQuantizeBackward.apply(
+            batch.elements(grad, dims[0]), batch.elements(x, dims[1]), batch.rows(scale, dims[2]),
+            batch.rows(offset, dims[3]), batch.rows(zero_point, dims[4]), seed, batch.axis, *rest
+        )  # fmt: skip
+        size = info.batch_size
+        return (batch.split(dx), dscale.reshape(size, -1), doffset.reshape(size, -1)), (0, 0, 0)
+
+
+def _slopes(saved, settings):
+    x, scale, offset, zero_point, seed = saved
+    axis, quant_min, quant_max, _, clip_only, _, noise, a, _, stream = settings
+    kind = noises.PLAIN if noise in (noises.TEMPERING, noises.AFTER, noises.SHIFT) else noise
+    with torch.no_grad():
+        return reference.slopes(x, scale, offset, zero_point, axis, quant_min, quant_max, clip_only, kind, a, seed, stream)  # fmt: skip
+
+
+def _tangent(slopes, x, scale, settings, x_t, scale_t, offset_t, grad=None):
+    """Along a direction: x_t where inside (times EWGS's factor of grad's sign) + scale_t * term + offset_t where outside."""
+    axis, _, _, grad_scale, _, ewgs, *_ = settings
+    outside, term, error = slopes
+    rows = scale.numel()
+    total = 0.0
+    if x_t is not None:
+        factor = torch.where(outside, 0.0, 1.0).to(term.dtype)
+        if ewgs != 0 and grad is not None:
+            sign = reference._compute(layout.rowwise(layout.ordered(grad, rows, axis), rows, axis)).sign()
+            factor = factor * (1.0 - ewgs * sign * error)
+        total = (
+            total + reference._compute(layout.rowwise(layout.ordered(x_t, rows, axis), rows, axis)) * factor
+        )
+    if scale_t is not None:
+        along = (scale_t * reference._sign(scale) * grad_scale).reshape(-1)
+        total = total + layout.per_element(outside, along, axis) * term
+    if offset_t is not None and offset_t.numel():
+        along = (offset_t * grad_scale).reshape(-1)
+        total = total + layout.per_element(outside, along, axis) * outside.to(term.dtype)
+    return total.to(x.dtype).reshape(x.shape)
+
+
+class _Batch:
+    """A vmapped call as one call: the samples' rows become rows, so every sample may have scales of its own."""
+
+    def __init__(self, info, dims, x, scale, axis, seed_dim):
+        if seed_dim is not None:
+            raise RuntimeError("fake_quantize under vmap takes one seed for the batch, got a batched seed")
+        self.size = info.batch_size
+        shape = list(x.shape)
+        if dims[0] is not None:
+            shape.pop(dims[0])
+        rows = scale.numel() // (self.size if dims[1] is not None else 1)
+        self.channel = axis if axis != layout.FLAT and rows > 1 else None
+        self.shape, self.axis = shape, layout.FLAT if self.channel is None else 0
+
+    def elements(self, t, dim):
+        if t is None:
+            return None
+        t = t.movedim(dim, 0) if dim is not None else t.expand(self.size, *t.shape)
+        if self.channel is None:
+            return t.contiguous()
+        t = t.movedim(self.channel + 1, 1)
+        return t.reshape(self.size * t.shape[1], *t.shape[2:]).contiguous()
+
+    def rows(self, t, dim):
+        if t is None:
+            return None
+        t = t.movedim(dim, 0) if dim is not None else t.expand(self.size, *t.shape)
+        return t.reshape(-1).contiguous()
+
+    def split(self, y):
+        if self.channel is None:
+            return y.reshape(self.size, *self.shape)
+        kept = [s for d, s in enumerate(self.shape) if d != self.channel]
+        return y.reshape(self.size, self.shape[self.channel], *kept).movedim(1, self.channel + 1)
+
+
+def bounds(bits, signed, quant_min, quant_max) -> tuple[int, int]:
+    """(quant_min, quant_max) from ``bits`` or as given. Errors name what is accepted."""
+    if bits is None:
+        if quant_min is None or quant_max is None:
+            raise ValueError(f"give bits, or both quant_min and quant_max; got {quant_min=}, {quant_max=}")
+        if not (isinstance(quant_min, int) and isinstance(quant_max, int)):
+            raise TypeError(f"quant_min and quant_max must be ints, got {quant_min!r} and {quant_max!r}")
+        if quant_min >= quant_max:
+            raise ValueError(f"quant_min must be below quant_max, got {quant_min} and {quant_max}")
+        return quant_min, quant_max
+    if quant_min is not None or quant_max is not None:
+        raise ValueError(
+            f"give bits or quant_min and quant_max, not both; got {bits=}, {quant_min=}, {quant_max=}"
+        )
+    if not isinstance(bits, int) or isinstance(bits, bool) or not (2 if signed else 1) <= bits <= 16:
+        raise ValueError(f"bits must be an int from {2 if signed else 1} to 16, got {bits!r}")
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def granularity(x, scale, axis, group_size) -> int:
+    """Check that scale fits x at this granularity; the dimension of the rows, or layout.FLAT."""
+    rows = scale.numel()
+    if scale.dim() > 1 or rows == 0:
+        raise ValueError(
+            f"scale must have shape (1,) or (rows,) with at least one row, got {tuple(scale.shape)}"
+        )
+    if axis is not None and group_size is not None:
+        raise ValueError(f"give axis or group_size, not both; got {axis=}, {group_size=}")
+    if axis is not None:
+        if not -x.dim() <= axis < x.dim():
+            raise ValueError(
+                f"axis must be in [{-x.dim()}, {x.dim()}) for x of shape {tuple(x.shape)}, got {axis}"
+            )
+        if rows != x.shape[axis]:
+            raise ValueError(f"scale must have {x.shape[axis]} rows (x.shape[{axis}]), got {rows}")
+        return axis % x.dim()
+    if group_size is not None:
+        last = x.shape[-1] if x.dim() else 1
+        if group_size < 1 or last % group_size:
+            raise ValueError(f"group_size must divide the last dimension, {last}, got {group_size}")
+        if rows * group_size != x.numel():
+            raise ValueError(
+                f"scale must have {x.numel() // group_size} rows (numel / group_size), got {rows}"
+            )
+        return layout.FLAT
+    if rows != 1:
+        raise ValueError(f"scale must have one row per tensor, got {rows}; for per-channel scales give axis")
+    return layout.FLAT
+
+
+def _per_row(name, values, scale):
+    """offset or zero_point brought to one value per row."""
+    if values.numel() not in (1, scale.numel()) or values.dim() > 1:
+        raise ValueError(f"{name} must have shape (1,) or ({scale.numel()},), got {tuple(values.shape)}")
+    if values.device != scale.device:
+        raise ValueError(f"{name} must be on {scale.device} as scale is, got {values.device}")
+    return values.reshape(-1).expand(scale.numel()) if values.numel() != scale.numel() else values.reshape(-1)
+
+
+def _prepare(x, scale, offset, zero_point, axis, group_size):
+    """Checked (scale, offset, zero_point tensor, axis) in the dtypes the kernels take."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in _DTYPES:
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"x must be a float32, bfloat16, float16 or float64 tensor, got {got}")
+    if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
+        got = scale.dtype if isinstance(scale, torch.Tensor) else type(scale).__name__
+        raise TypeError(f"scale must be a floating-point tensor of shape (1,) or (rows,), got {got}")
+    if scale.device != x.device:
+        raise ValueError(f"scale must be on {x.device} as x is, got {scale.device}")
+    axis = granularity(x, scale, axis, group_size)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if scale.dtype != compute:
+        scale = scale.to(compute)
+    if offset is not None:
+        offset = _per_row("offset", offset, scale).to(compute)
+    if zero_point is not None:
+        if zero_point.is_floating_point():
+            raise TypeError(f"zero_point must be an int or an integer tensor, got {zero_point.dtype}")
+        zero_point = _per_row("zero_point", zero_point, scale).to(torch.int32)
+    return scale, offset, zero_point, axis
+
+
+def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,
+                  offset=None, zero_point=None, grad_scale=1.0, noise=None, seed=None, stream=0, clip_only=False,
+                  ewgs=0.0, shift=None, shift_scale=None):  # fmt: skip
+    """Quantize and dequantize x in one pass, with a straight-through gradient for x, scale and offset.
+
+    y = clip(rint((x - offset) / scale), quant_min - zero_point, quant_max - zero_point) * scale + offset
+
+    Args:
+        x: float32, bfloat16, float16 (float64 on the CPU) of any shape; strides of a dense layout are kept.
+        scale: floating point, shape (1,) or (rows,); |scale| is floored at 2**-126, non-finite gives NaN.
+        bits, signed: [-2**(bits-1), 2**(bits-1) - 1], or [0, 2**bits - 1] where signed is False; or
+        quant_min, quant_max: the integer bounds themselves.
+        axis: per channel along this dimension (rows = x.shape[axis]); group_size: per group along the last
+            dimension (rows = numel / group_size; the last dimension's size is per token); neither: per tensor.
+        offset: learned real offset (LSQ+), shape (1,) or (rows,). zero_point: fixed int or integer tensor.
+        grad_scale: factor of the gradients of scale and offset (LSQ: 1 / sqrt(N * quant_max)).
+        noise: one of qk.noise; seed: int64 tensor of shape (1,); stream: int, one per layer.
+        clip_only: the scale learns from clipped elements alone (PACT). ewgs: EWGS's delta, 0 for none.
+        shift, shift_scale: y + shift_scale * shift, shift like x, shift_scale float32 (1,) (SAQ, case 3).
+
+    Returns: y, the shape, dtype and strides of x. Only x (and scale, offset) is kept for backward.
+    Raises: TypeError (dtypes), ValueError (shapes, bounds, devices), each naming the argument and what is accepted.
+    Source: LSQ (Esser et al. 2020) eqs. 1 to 3; LSQ+ (Bhalgat et al. 2020); FPQ eqs. 4, 5.
+    """
+    quant_min, quant_max = bounds(bits, signed, quant_min, quant_max)
+    if isinstance(zero_point, int):
+        quant_min, quant_max, zero_point = quant_min - zero_point, quant_max - zero_point, None
+    scale, offset, zero_point, axis = _prepare(x, scale, offset, zero_point, axis, group_size)
+    kind, a, b = noises.PLAIN, 0.0, 0.0
+    if noise is not None:
+        if not isinstance(noise, noises.Noise):
+            raise TypeError(
+                f"noise must be one of qk.noise (Tempering, FeaturePerturbation, ...), got {noise!r}"
+            )
+        kind, a, b = noise.code()
+        if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"noise needs seed, an int64 tensor of shape (1,), got {seed!r}")
+        seed = seed.reshape(1)
+    elif shift is not None:
+        if shift.shape != x.shape or shift.dtype != x.dtype:
+            raise ValueError(f"shift must have x's shape and dtype, got {tuple(shift.shape)} {shift.dtype}")
+        if shift_scale is None or shift_scale.numel() != 1 or shift_scale.dtype != torch.float32:
+            raise ValueError(f"shift needs shift_scale, a float32 tensor of shape (1,), got {shift_scale!r}")
+        kind, seed = noises.SHIFT, None
+    else:
+        seed = None
+    return FakeQuantize.apply(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max,
+                              float(grad_scale), bool(clip_only), float(ewgs), kind, a, b, int(stream))  # fmt: skip
+
+
+def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,
+             offset=None, zero_point=None):  # fmt: skip
+    """The integer levels of x: clip(rint((x - offset) / scale) + zero_point, quant_min, quant_max).
+
+    Returns int8 (uint8 where quant_max > 127) of x's shape and strides; NaN takes the level nearest to zero. No
+    gradient. Arguments and errors as ``fake_quantize``; bounds outside [-128, 127] and [0, 255]: ValueError.
+    """
+    quant_min, quant_max = bounds(bits, signed, quant_min, quant_max)
+    if not (-128 <= quant_min and quant_max <= 127 or 0 <= quant_min and quant_max <= 255):
+        raise ValueError(
+            f"quantize stores 8 bits: bounds must fit int8 or uint8, got [{quant_min}, {quant_max}]"
+        )
+    if isinstance(zero_point, int):
+        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
+    scale, offset, zero_point, axis = _prepare(x, scale, offset, zero_point, axis, group_size)
+    with torch.no_grad():
+        return backend.op("quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max)
+
+
+def dequantize(q, scale, *, axis=None, group_size=None, offset=None, zero_point=None, dtype=torch.float32):
+    """(q - zero_point) * scale + offset in ``dtype``: equal to fake_quantize of what q was quantized from.
+
+    q: int8 or uint8. Errors as ``fake_quantize``. The gradient stops here.
+    """
+    if q.dtype not in (torch.int8, torch.uint8):
+        raise TypeError(f"q must be an int8 or uint8 tensor, got {q.dtype}")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    if isinstance(zero_point, int):
+        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=q.device)
+    like = torch.empty(0, dtype=dtype, device=q.device).expand(0)
+    like = like.new_empty(()).expand(q.shape)
+    scale, offset, zero_point, axis = _prepare(like, scale, offset, zero_point, axis, group_size)
+    with torch.no_grad():
+        return backend.op("dequantize")(q, scale, offset, zero_point, axis, dtype)
+
+
+def pack(q, bits):
+    """Integer levels as a flat uint8 tensor of ceil(numel * bits / 8) bytes, the first level in the lowest bits.
+
+    q: int8 or uint8, every level within ``bits`` (not checked); bits: 2, 4 or 8. Contiguous order.
+    """
+    _check_pack("q", q, bits, (torch.int8, torch.uint8))
+    return backend.op("pack")(q, bits)
+
+
+def unpack(p, bits, shape, signed=True):
+    """The levels ``pack`` stored, in ``shape``: int8, sign-extended, or uint8 where signed is False.
+
+    ValueError where p does not hold exactly that many levels.
+    """
+    _check_pack("p", p, bits, (torch.uint8,))
+    numel = torch.Size(shape).numel()
+    if p.numel() != (numel * bits + 7) // 8:
+        raise ValueError(
+            f"p must hold {(numel * bits + 7) // 8} bytes for shape {tuple(shape)}, got {p.numel()}"
+        )
+    return backend.op("unpack")(p, bits, numel, signed).reshape(shape)
+
+
+def _check_pack(name, t, bits, dtypes):
+    if bits not in (2, 4, 8):
+        raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {t.dtype}")
