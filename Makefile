@@ -20,11 +20,11 @@ $(STAMP): constraints.txt pyproject.toml
 	test -x $(PYTHON) || $(PYTHON3) -m venv $(VENV)
 	$(PIP) torch setuptools ninja pybind11
 	$(PYTHON) -c 'import triton' 2>/dev/null || $(PIP) 'triton<3.10'
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-build-isolation -e '.[dev]'
 	touch $@
 
 build: $(STAMP) ## compile csrc/ in place, incrementally
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) _backend/native.py
+	$(PYTHON) _backend/native.py
 
 test: build ## the test suite; Triton's interpreter is chosen at import, so its tests have their own process
 	$(PYTHON) -m pytest -n $(JOBS) --ignore=tests/triton

@@ -9,6 +9,7 @@ one file for every torch from MINIMUM_TORCH on) and `_elements` (pybind11, no to
     CXX, CUDA_HOME, MAX_JOBS   host compiler, CUDA toolkit, number of parallel compilations
 """
 
+import fcntl
 import filecmp
 import os
 import re
@@ -246,11 +247,10 @@ def write_ninja(steps, path):
 
 def run_ninja(steps):
     """Run what is out of date; without ninja, everything. The compiler's own messages go to the terminal."""
-    WORK.mkdir(parents=True, exist_ok=True)
     path = WORK / "build.ninja"
     write_ninja(steps, path)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    ninja = shutil.which("ninja")
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if not ninja:
         say("no ninja: compiling everything again")
         return run_all(steps, int(jobs))
@@ -278,15 +278,22 @@ def run_all(steps, jobs):
 def build(package):
     """Compile, put the libraries into the folder `package`, delete stale ones there; returns their paths."""
     steps = plan()
-    if steps:
-        run_ninja(steps)
-    built = [step.output for step in steps if step.output.parent == WORK / "lib"]
+    WORK.mkdir(parents=True, exist_ok=True)
+    with open(WORK / "lock", "w") as lock:
+        # Two builds at once, from two terminals, would write the same files.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if steps:
+            run_ninja(steps)
+        return install([step.output for step in steps if step.output.parent == WORK / "lib"], package)
+
+
+def install(libraries, package):
     package.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in built}
+    names = {path.name for path in libraries}
     for old in [*package.glob("_C_*.so"), *package.glob("_elements*.so")]:
         if old.name not in names:
             old.unlink()
-    for path in built:
+    for path in libraries:
         target = package / path.name
         if not target.exists() or not filecmp.cmp(path, target, shallow=False):
             # A running process may have the old file mapped: replace the name, never the contents.

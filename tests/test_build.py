@@ -156,7 +156,9 @@ def test_compile_error_fails_the_build_with_the_compilers_message(native, projec
 
 def test_build_without_ninja_compiles_all_the_same(native, project, monkeypatch, capfd):
     which = shutil.which
-    monkeypatch.setattr(native.shutil, "which", lambda name: None if name == "ninja" else which(name))
+    monkeypatch.setattr(
+        native.shutil, "which", lambda name, path=None: None if name == "ninja" else which(name)
+    )
     assert native.build(project / "package") == [project / "package/_C_cpu.so"]
     assert "no ninja" in capfd.readouterr().out
     (project / "csrc/cpu/one.cpp").write_text("int one() { return undeclared; }\n")
