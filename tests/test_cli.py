@@ -1,0 +1,189 @@
+"""The command line: what it prints, and its exit codes 0 done, 1 failed, 2 bad arguments, 130 interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from qkernels import cli
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--recipe",
+    "float",
+    "--model",
+    "nin_d2_w1",
+    "--data",
+    "fake:3x8x8:4",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of one command in this process."""
+    try:
+        code = cli.main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def command(monkeypatch, main):
+    """A command "probe" that runs `main`."""
+    module = types.ModuleType("probe_command")
+    module.add_arguments = lambda parser: parser.add_argument("--n", type=int)
+    module.main = main
+    monkeypatch.setitem(sys.modules, "probe_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "probe", ("probe_command", "a probe"))
+
+
+def test_help_names_every_command_and_does_not_import_torch():
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('cli', {str(ROOT / 'qkernels' / 'cli.py')!r})\n"
+        "cli = importlib.util.module_from_spec(spec); spec.loader.exec_module(cli)\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as stop: sys.exit(stop.code or ('torch' in sys.modules and 3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name, (_, text) in cli.COMMANDS.items():
+        assert name in done.stdout and text.split(",")[0] in " ".join(done.stdout.split())
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "qkernels", "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0 and done.stdout.startswith("qkernels ")
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
+        (["train", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["train"], "--out: a folder for the run is needed"),
+        (
+            ["train", "--out", "{tmp}/x", "--recipe", "lsk"],
+            "recipe: 'lsk' is neither a .toml file nor one of",
+        ),
+        (["train", "--out", "{tmp}/x", "--set", "lrr=1"], "unknown setting 'lrr'"),
+        (["train", "--out", "{tmp}/x", "--set", "lr"], "--set: 'lr' is not of the form key=value"),
+        (["train", "--out", "{tmp}/x", "--optimizer", "adam"], "optimizer: 'adam' is not one of sgd, adamw"),
+        (["train", "--out", "{tmp}/x", "--resume"], "is not a run folder: it has no config.json"),
+        (["train", "--out", "{tmp}/x", "--recipe", "float", "--model", "resnet21"], "resnet21"),
+        (["train", "--out", "{tmp}/x", "--recipe", "float", "--data", "cifar10:{tmp}/x"], "is not a folder"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(capsys, tmp_path, argv, message):
+    code, out, err = run(capsys, *(word.format(tmp=tmp_path) for word in argv))
+    assert code == 2 and out == ""
+    assert err.startswith("qkernels: error: ") and message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error, code, text",
+    [
+        (ValueError("bits: 9\nis too many"), 2, "bits: 9 is too many"),
+        (FileNotFoundError("no such run"), 2, "no such run"),
+        (RuntimeError("the loss became nan"), 1, "the loss became nan"),
+        (ImportError("pip install qkernels[train]"), 1, "pip install qkernels[train]"),
+        (OSError("disk full"), 1, "disk full"),
+        (KeyError("x"), 1, "KeyError: 'x' (--debug shows where)"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_one_line_and_a_code(capsys, monkeypatch, error, code, text):
+    def fail(args):
+        raise error
+
+    command(monkeypatch, fail)
+    assert run(capsys, "probe") == (code, "", f"qkernels: error: {text}\n")
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    command(monkeypatch, lambda args: [][args.n])
+    assert run(capsys, "probe", "--n", "1")[0] == 1
+    with pytest.raises(IndexError, match="list index out of range"):
+        cli.main(["probe", "--n", "1", "--debug"])
+
+
+def test_the_exit_code_is_the_commands(capsys, monkeypatch):
+    command(monkeypatch, lambda args: args.n)
+    assert run(capsys, "probe", "--n", "1")[0] == 1 and run(capsys, "probe", "--n", "0")[0] == 0
+
+
+def test_a_missing_command_does_not_break_the_others(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "gone", ("qkernels.not_there", "a command"))
+    message = "qkernels: error: the command 'gone' is not part of this installation (no module qkernels.not_there)\n"
+    assert run(capsys, "gone") == (1, "", message)
+    assert run(capsys, "train", "--list-recipes")[0] == 0
+
+
+def test_an_import_error_inside_a_command_is_not_taken_for_a_missing_command(capsys, monkeypatch, tmp_path):
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_absent\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(cli.COMMANDS, "probe", ("needs_more", "a probe"))
+    code, _, err = run(capsys, "probe")
+    assert code == 1 and "No module named 'a_package_that_is_absent'" in err
+
+
+def test_list_recipes(capsys):
+    code, out, _ = run(capsys, "train", "--list-recipes")
+    names = [line.split()[0] for line in out.splitlines()]
+    assert code == 0 and {"float", "lsq", "lsq+", "pact", "dorefa", "saq_clip", "kd"} <= set(names)
+    assert all(len(line.split()) > 2 for line in out.splitlines())
+
+
+def test_train_resume_and_conflicts(capsys, tmp_path):
+    out = tmp_path / "run"
+    code, stdout, stderr = run(capsys, "train", *SMALL, "--epochs", 2, "--lr", "0.05", "--out", out)
+    assert code == 0 and stdout.startswith(f"{out}: test accuracy ") and stdout.count("\n") == 1
+    assert "epoch   1/2" in stderr and "images/s" in stderr
+    config = json.loads((out / "config.json").read_text())
+    assert (config["epochs"], config["lr"], config["model"]) == (2, 0.05, "nin_d2_w1")
+    code, _, stderr = run(capsys, "train", *SMALL, "--out", out)
+    assert code == 2 and "already holds a run; add --resume" in stderr
+    code, _, stderr = run(capsys, "train", "--out", out, "--resume", "--lr", "0.1")
+    assert code == 2 and "--resume: lr = 0.1 differs from 0.05 of the run" in stderr
+    code, stdout, stderr = run(capsys, "train", *SMALL, "--lr", "0.05", "--out", out, "--resume")
+    assert code == 0 and "this run is complete" in stderr and "test accuracy" in stdout
+
+
+def test_a_damaged_checkpoint_is_reported(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert run(capsys, "train", *SMALL, "--epochs", 1, "--out", out, "--quiet")[0] == 0
+    (out / "result.json").unlink()
+    file = out / "checkpoint" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    code, _, stderr = run(capsys, "train", "--out", out, "--resume")
+    assert code == 1 and "model.safetensors is truncated or damaged" in stderr and stderr.count("\n") == 1
+
+
+def test_ctrl_c_in_a_real_process(tmp_path):
+    out = tmp_path / "run"
+    argv = [sys.executable, "-m", "qkernels", "train", *SMALL, "--epochs", "2000", "--out", str(out)]
+    process = subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "checkpoint").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"qkernels: stopped; continue with: qkernels train --out {out} --resume" in stderr
+    assert not (out / "result.json").exists()
