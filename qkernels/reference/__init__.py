@@ -4,4 +4,4 @@ Arithmetic is float32 (float64 for float64 inputs); a result is rounded to its d
 of meaning.
 """
 
-from .quantize import dequantize, fake_quantize, fake_quantize_backward, pack, quantize, unpack
+from .quantizer import dequantize, fake_quantize, fake_quantize_backward, pack, quantize, unpack

@@ -4,7 +4,7 @@ import torch
 
 from .. import backend, layout
 from .. import noise as noises
-from ..reference import quantize as reference
+from ..reference import quantizer as reference
 
 _NOISE = "int noise, float a, float b, Tensor? seed, int stream"
 _GRID = "Tensor scale, Tensor? offset, Tensor? zero_point, int axis, int quant_min, int quant_max"
