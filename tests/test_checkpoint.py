@@ -93,8 +93,8 @@ def test_an_exception_at_any_call_leaves_a_loadable_checkpoint(tmp_path, monkeyp
     checkpoint.save(path, *numbered(1))
     expected, total = 1, calls
     assert total >= 9
-    for fail_at in range(1, total + 1):
-        calls = 0
+    for call in range(1, total + 1):
+        calls, fail_at = 0, call
         with pytest.raises(OSError, match="the disk is gone"):
             checkpoint.save(path, *numbered(expected + 1))
         found = number_of(path)

@@ -187,3 +187,28 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     assert process.returncode == 130
     assert f"qkernels: stopped; continue with: qkernels train --out {out} --resume" in stderr
     assert not (out / "result.json").exists()
+
+
+def test_demo_compares_three_runs_and_resumes(capsys, tmp_path):
+    argv = (
+        "demo",
+        "--out",
+        tmp_path / "demo",
+        "--model",
+        "nin_d2_w1",
+        "--epochs",
+        1,
+        "--threads",
+        1,
+        "--device",
+        "cpu",
+    )
+    code, out, err = run(capsys, *argv)
+    rows = [line.split() for line in out.splitlines()[1:4]]
+    assert code == 0 and [row[0] for row in rows] == ["float", "w4a4", "w2a2"]
+    assert [row[1] for row in rows] == ["32", "4", "2"] and "[3/3] w2a2" in err
+    results = [json.loads((tmp_path / "demo" / row[0] / "result.json").read_text()) for row in rows]
+    assert all(f"{result['test_acc']:.2%}" in row for row, result in zip(rows, results))
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "already holds a demo; add --resume, or choose another folder" in err
+    assert run(capsys, *argv, "--resume")[1] == out

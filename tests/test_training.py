@@ -1,4 +1,4 @@
-"""The training loop, recipes and run folders: exact resume, the same result by every route, errors that say what is wrong."""
+"""The training loop, recipes and run folders: exact resume, and errors that say what is wrong."""
 
 import json
 import math

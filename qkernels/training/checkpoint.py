@@ -59,7 +59,7 @@ def save(path, model, state):
 def load(path, device="cpu"):
     """`(model, state)` as given to `save`, with tensors on `device`.
 
-    When `path` is missing but `path` + ".previous" is there (the machine stopped between two renames), that one is read.
+    When `path` is missing but `path` + ".previous" is there (a crash between two renames), that one is read.
 
     Raises:
         FileNotFoundError: there is no checkpoint.

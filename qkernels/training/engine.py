@@ -1,4 +1,4 @@
-"""The training loop. One step is one `optimizer.step(closure)`, so sharpness-aware optimizers need no loop of their own."""
+"""The training loop: one step is one `optimizer.step(closure)`, so sharpness-aware optimizers need no other loop."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ class Trainer:
 
     Args:
         model: the module; its parameters are those of `optimizer`.
-        optimizer: a torch optimizer, or a wrapper with `step(closure)`, `param_groups`, `state_dict`, `load_state_dict`.
+        optimizer: of torch, or a wrapper with `step(closure)`, `param_groups`, `state_dict` and `load_state_dict`.
         loss: `loss(output, target, x) -> scalar`.
         data: `.train` with `set_epoch(epoch, start_batch)` and `len`, and `.test`; both yield `(x, target)`.
         epochs: number of passes over `data.train`.
@@ -87,7 +87,7 @@ class Trainer:
     def train_epoch(self, stop=lambda: False):
         """Trains to the end of the current epoch.
 
-        Returns the epoch's record (losses are means over images), or None when `stop()` asked to end at a step boundary.
+        Returns the epoch's record (losses are means over images), or None when `stop()` ended it at a step boundary.
         """
         self.model.train()
         self.data.train.set_epoch(self.epoch, start_batch=self.batch)
@@ -314,8 +314,9 @@ class Interrupt:
 def lr_schedule(name, *, epochs, milestones=(), gamma=0.1, warmup_epochs=0.0):
     """`factor(epoch)` on the learning rate, `epoch` fractional; linear warm-up from 0 over `warmup_epochs` first.
 
-    "cosine": (1 + cos(pi * t)) / 2 with t from 0 to 1 over the epochs after the warm-up; "cosine_steps": the same times
-    gamma ** (milestones passed); "step": gamma ** (milestones passed); "constant": 1. `milestones` are fractions of `epochs`.
+    "cosine": (1 + cos(pi * t)) / 2 with t from 0 to 1 over the epochs after the warm-up;
+    "step": gamma ** (number of milestones reached), milestones being fractions of `epochs`;
+    "cosine_steps": the product of both; "constant": 1.
 
     Raises:
         ValueError: an unknown `name`, `warmup_epochs` outside [0, epochs), or a milestone outside (0, 1).

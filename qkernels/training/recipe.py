@@ -136,7 +136,9 @@ def _check(settings):
         if settings[key] not in choices:
             raise ValueError(f"{key}: {settings[key]!r} is not one of {', '.join(choices)}")
     if settings["distill"] and not settings["method"]:
-        raise ValueError("distill: needs a quantized method; the teacher is the float model that run starts from")
+        raise ValueError(
+            "distill: needs a quantized method; the teacher is the float model that run starts from"
+        )
     if settings["lr"] <= 0:
         raise ValueError(f"lr: {settings['lr']} is not positive")
 

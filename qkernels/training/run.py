@@ -113,7 +113,7 @@ def main(args):
     try:
         result = train(config, args.out, **{name: getattr(args, name) for name in names})
     except Interrupted as stop:
-        say(f"qkernels: {stop}")
+        say(f"qkernels: {stop}", quiet=distributed.rank() > 0)
         return 128 + stop.signal
     finally:
         distributed.stop()
@@ -226,11 +226,11 @@ def _lr_factor(config):
 
 
 def _train_float(config, out, machine, options):
-    """Trains the float start of a quantized run in `out/float` (or continues, or finds it done); returns that folder."""
+    """Trains (or continues, or finds done) the float start of a quantized run in `out/float`; returns that folder."""
     folder = out / "float"
     if not (folder / "result.json").exists():
         say("no --init: training the float model first, in " + str(folder), options["quiet"])
-        same = {key: config[key] for key in ("model", "data", "seed", "image_size", "augment")}
+        same = {key: config[key] for key in ("model", "data", "seed", "image_size", "batch_size", "augment")}
         epochs = {"epochs": config["float_epochs"]} if config["float_epochs"] else {}
         start = make_config(recipe="float", **same, **epochs)
         data = _data(start, **machine)
