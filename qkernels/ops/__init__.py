@@ -1,3 +1,3 @@
 """Every op: legal arguments, schema, fake, gradient and public function, one file per family."""
 
-from .quantizer import dequantize, fake_quantize, pack, quantize, unpack
+from .quantizer import bounds, dequantize, fake_quantize, pack, quantize, unpack

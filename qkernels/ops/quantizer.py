@@ -399,3 +399,15 @@ def _check_pack(name, t, bits, dtypes):
         raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
     if t.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {t.dtype}")
+
+
+# One int64 tensor (1,) from torch's generator of x's device. The tag keeps compilers from merging or freezing draws.
+backend.library.define("draw_seed(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+backend.library.impl(
+    "draw_seed",
+    lambda like: torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device),
+    "CompositeExplicitAutograd",
+)
+torch.library.register_fake(
+    "qkernels::draw_seed", lambda like: like.new_empty(1, dtype=torch.int64), lib=backend.library
+)

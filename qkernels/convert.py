@@ -1,0 +1,305 @@
+"""A float model into a quantized one and on to integers: QConfig, quantize_, calibrate, convert_, summary, param_groups."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from . import backend, nn as qnn
+from . import noise as noises
+from . import quantizers as q
+from .observe import Statistics
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """How a model is quantized.
+
+    Args:
+        method: "lsq" "lsq+" "asymmetric" "saq" "pact" "dorefa" "noise_tempering" "diffq" "ewgs".
+        weight_bits, act_bits: 2 to 8; None leaves weights or activations in floating point.
+        weight_axis: 0 per output channel, None per tensor.
+        first_last_bits: bits of weights and activations of the first and last layer; None: as the others.
+        act_signed: None decides per layer from the data. exclude: names of modules (and all below) left alone.
+        grad_scale_count: N of LSQ's gradient scale, "features" (paper) or "numel" (most public code).
+        weight_norm: "detach", "full" or "none", SAQ's standardisation of convolution weights.
+        weight_noise, act_noise: one of qk.noise; the method's own where it has one ("noise_tempering", "diffq").
+        ewgs_delta: of method "ewgs".
+
+    Raises: ValueError naming the argument and what is accepted.
+    """
+
+    method: str = "lsq"
+    weight_bits: int | None = 4
+    act_bits: int | None = 4
+    weight_axis: int | None = 0
+    first_last_bits: int | None = 8
+    act_signed: bool | None = None
+    exclude: tuple[str, ...] = field(default=())
+    grad_scale_count: str = "features"
+    weight_norm: str = "detach"
+    weight_noise: noises.Noise | None = None
+    act_noise: noises.Noise | None = None
+    ewgs_delta: float = 1e-3
+
+    def __post_init__(self):
+        if self.method not in q.WEIGHT:
+            raise ValueError(f"method must be one of {', '.join(q.WEIGHT)}; got {self.method!r}")
+        for name in ("weight_bits", "act_bits", "first_last_bits"):
+            bits = getattr(self, name)
+            if bits is not None and (not isinstance(bits, int) or not 2 <= bits <= 8):
+                raise ValueError(f"{name} must be an int from 2 to 8 or None, got {bits!r}")
+        if self.weight_axis not in (0, None):
+            raise ValueError(
+                f"weight_axis must be 0 (per output channel) or None (per tensor), got {self.weight_axis!r}"
+            )
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        for name, accepted in (
+            ("grad_scale_count", ("features", "numel")),
+            ("weight_norm", ("detach", "full", "none")),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {getattr(self, name)!r}")
+
+    def weight_quantizer(self, layer_type, weight, bits):
+        """The quantizer of one weight, started from it."""
+        axis = None if self.weight_axis is None else qnn.QUANTIZED[layer_type].channel_axis
+        options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
+        if self.method == "saq":
+            conv = layer_type not in (nn.Linear, nn.Embedding)
+            options = {"weight_norm": self.weight_norm if conv else "none"}
+        quantizer = q.WEIGHT[self.method](
+            bits, "weight", axis=axis, rows=1 if axis is None else weight.shape[axis],
+            noise=self.weight_noise or q.WEIGHT_NOISE.get(self.method), count=self.grad_scale_count, **options,
+        )  # fmt: skip
+        quantizer.to(weight.device)
+        start_weight(quantizer, weight)
+        return quantizer
+
+    def activation_quantizer(self, bits):
+        options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
+        return q.ACTIVATION[self.method](
+            bits,
+            "activation",
+            signed=self.act_signed,
+            noise=self.act_noise,
+            count=self.grad_scale_count,
+            **options,
+        )
+
+
+def start_weight(quantizer, weight):
+    statistics = Statistics(quantizer.axis)
+    statistics.update(weight)
+    quantizer.start_from(statistics)
+
+
+def quantizable(model, exclude=()):
+    """(name, module) of the layers that quantize_ swaps, in the order of the model."""
+    found = []
+    for name, module in model.named_modules():
+        outside = any(name == e or name.startswith(e + ".") for e in exclude)
+        if type(module) in qnn.QUANTIZED and not outside:
+            found.append((name, module))
+    return found
+
+
+def quantize_(model, config=None, **settings):
+    """Swap every Linear, Conv1d, Conv2d, ConvTranspose2d and Embedding of the model for its quantized form, in place.
+
+    Parameters are shared, so optimizers and state dict keys stay valid; weight step sizes start from the weights,
+    activation step sizes from ``calibrate`` or the first training batch. Returns the model (a new module only where
+    the model itself is a layer). ValueError: nothing to quantize, already quantized, an unknown name in exclude.
+    """
+    config = config or QConfig(**settings)
+    names = dict(model.named_modules())
+    unknown = [e for e in config.exclude if e not in names]
+    if unknown:
+        raise ValueError(f"exclude names no module: {', '.join(unknown)}")
+    if any(isinstance(m, (qnn._Quantized, qnn.IntegerWeight)) for m in names.values()):
+        raise ValueError("model is already quantized")
+    layers = quantizable(model, config.exclude)
+    if not layers:
+        kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
+        raise ValueError(f"model has no layer to quantize ({kinds})")
+    ends = {layers[0][0], layers[-1][0]} if config.first_last_bits is not None else set()
+    seeds, swapped = q.SeedSource(), {}
+    for name, layer in layers:
+        if id(layer) not in swapped:
+            swapped[id(layer)] = _quantized(layer, config, name in ends)
+        if name == "":
+            model = swapped[id(layer)]
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(names[parent], child, swapped[id(layer)])
+    noisy = False
+    for stream, quantizer in enumerate(quantizers(model)):
+        quantizer.seeds, quantizer.stream = seeds, stream
+        noisy = noisy or quantizer.noise is not None
+    if noisy:
+        model.register_forward_pre_hook(seeds.renew)
+    return model
+
+
+def _quantized(layer, config, at_end):
+    kind = type(layer)
+    weight_bits, act_bits = config.weight_bits, config.act_bits
+    if at_end:
+        weight_bits = weight_bits and max(weight_bits, config.first_last_bits)
+        act_bits = act_bits and max(act_bits, config.first_last_bits)
+    weight = None if weight_bits is None else config.weight_quantizer(kind, layer.weight, weight_bits)
+    takes_floats = act_bits is not None and kind is not nn.Embedding
+    return qnn.QUANTIZED[kind].wrap(
+        layer, weight, config.activation_quantizer(act_bits) if takes_floats else None
+    )
+
+
+def quantizers(model):
+    """The quantizers of a model, in its order."""
+    return [m for m in model.modules() if isinstance(m, q.Quantizer)]
+
+
+def layers(model):
+    """(name, layer) of the quantized layers, in the model's order."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, qnn._Quantized)]
+
+
+@torch.no_grad()
+def calibrate(model, loader, batches=8):
+    """Set every step size: weights' from the weights, activations' from up to ``batches`` batches of ``loader``.
+
+    No gradients; BatchNorm normalises by the batch and keeps its statistics; other modules are in evaluation mode.
+    Batches are tensors or (input, ...) tuples. Processes of a torch.distributed group agree. Returns the model.
+    Raises: ValueError where the model has no quantizer or the loader no batch.
+    """
+    found = quantizers(model)
+    if not found:
+        raise ValueError("model has no quantizer: call qk.quantize_ first")
+    for _, layer in layers(model):
+        if isinstance(layer.weight_quantizer, q.Quantizer):
+            start_weight(layer.weight_quantizer, layer.weight)
+    modes = [(m, m.training) for m in model.modules()]
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    kept = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    observed = [m for m in found if m.role == "activation"]
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 0.0
+        for quantizer in observed:
+            quantizer.statistics = Statistics(quantizer.axis)
+        seen = 0
+        for batch in loader:
+            if seen == batches:
+                break
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            model(x.to(device))
+            seen += 1
+        if seen == 0:
+            raise ValueError("loader gave no batch")
+        for quantizer in observed:
+            if quantizer.statistics.sums is not None:
+                quantizer.start_from(quantizer.statistics.agreed())
+    finally:
+        for quantizer in observed:
+            quantizer.statistics = None
+        for norm, momentum, tracked in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)
+        for module, training in modes:
+            module.training = training
+    return model
+
+
+@torch.no_grad()
+def convert_(model):
+    """Replace every quantized weight by packed integers, in place; evaluation outputs stay the same, bit for bit.
+
+    The model is left in evaluation mode and cannot be trained further. ValueError where nothing is quantized.
+    """
+    found = [
+        (name, layer) for name, layer in layers(model) if isinstance(layer.weight_quantizer, q.Quantizer)
+    ]
+    if not found:
+        raise ValueError("model has no quantized layer to convert: call qk.quantize_ first")
+    model.eval()
+    for _, layer in found:
+        integer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
+        del layer._parameters["weight"]
+        layer.weight = None
+        layer.weight_quantizer = integer
+    return model
+
+
+def param_groups(model, lr, weight_decay=0.0, scale_lr=None):
+    """Parameter groups for an optimizer: weights and the rest, and the quantizers' numbers without weight decay.
+
+    lr: of all, scale_lr (default lr) of step sizes, offsets and clips. PACT's clip keeps weight decay, as its paper says.
+    """
+    learned, decayed = [], []
+    for quantizer in quantizers(model):
+        (decayed if quantizer.decayed else learned).extend(quantizer.parameters(recurse=False))
+    own = {id(p) for p in (*learned, *decayed)}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    scale_lr = lr if scale_lr is None else scale_lr
+    groups = [
+        {"params": rest, "lr": lr, "weight_decay": weight_decay},
+        {"params": learned, "lr": scale_lr, "weight_decay": 0.0},
+        {"params": decayed, "lr": scale_lr, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def summary(model):
+    """A table of the quantized layers: name, kind, weight and activation grid, granularity, step sizes, backend."""
+    rows = [("layer", "kind", "weight", "rows", "weight step", "input", "input step", "backend")]
+    for name, layer in layers(model):
+        weight, act = layer.weight_quantizer, layer.input_quantizer
+        tensor = layer.weight if layer.weight is not None else weight.packed
+        rows.append(
+            (
+                name or "(model)",
+                type(layer).__name__,
+                _describe(weight),
+                str(getattr(weight, "rows", getattr(weight, "shape", (1,))[0] if weight else "-")),
+                _steps(weight),
+                _describe(act),
+                _steps(act),
+                backend.serves("fake_quantize", tensor.device.type),
+            )
+        )
+    if len(rows) == 1:
+        return "no quantized layer"
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
+
+def _describe(quantizer):
+    if quantizer is None:
+        return "float"
+    if isinstance(quantizer, qnn.IntegerWeight):
+        return f"int{quantizer.bits}"
+    if quantizer.signed is None:
+        return f"{quantizer.bits} bit"
+    low, high = quantizer.bounds()
+    return f"{quantizer.bits} bit [{low}, {high}]"
+
+
+def _steps(quantizer):
+    if quantizer is None:
+        return "-"
+    if isinstance(quantizer, q.Quantizer) and not quantizer.started:
+        return "not calibrated"
+    scale = quantizer.scale if isinstance(quantizer, qnn.IntegerWeight) else quantizer.grid()["scale"]
+    scale = scale.detach().abs()
+    return (
+        f"{scale.item():.4g}"
+        if scale.numel() == 1
+        else f"{scale.min().item():.3g} to {scale.max().item():.3g}"
+    )

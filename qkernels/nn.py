@@ -1,0 +1,128 @@
+"""Quantized layers, drop-in for torch.nn's: the same constructor and state dict, with two quantizers beside the weight."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import ops
+
+
+class _Quantized:
+    """A layer whose weight and input pass through quantizers; either may be None (then that tensor stays as it is)."""
+
+    channel_axis = 0  # of the weight: its output channels
+
+    def __init__(self, *args, weight_quantizer=None, input_quantizer=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+
+    @classmethod
+    def wrap(cls, layer, weight_quantizer=None, input_quantizer=None):
+        """The quantized form of a torch.nn layer: shares its parameters, buffers, hooks and training mode."""
+        wrapped = cls.__new__(cls)
+        wrapped.__dict__ = dict(layer.__dict__)
+        wrapped._modules = dict(layer._modules)
+        wrapped.weight_quantizer, wrapped.input_quantizer = weight_quantizer, input_quantizer
+        for quantizer in (weight_quantizer, input_quantizer):
+            if quantizer is not None:
+                quantizer.train(layer.training).to(layer.weight.device)
+        return wrapped
+
+    def quantized_weight(self):
+        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+
+    def quantized_input(self, x):
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+
+class QuantLinear(_Quantized, nn.Linear):
+    """nn.Linear on quantized input and weight."""
+
+    def forward(self, x):
+        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class QuantConv1d(_Quantized, nn.Conv1d):
+    """nn.Conv1d on quantized input and weight."""
+
+    def forward(self, x):
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class QuantConv2d(_Quantized, nn.Conv2d):
+    """nn.Conv2d on quantized input and weight."""
+
+    def forward(self, x):
+        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+
+
+class QuantConvTranspose2d(_Quantized, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d on quantized input and weight; its output channels are the weight's axis 1."""
+
+    channel_axis = 1
+
+    def forward(self, x, output_size=None):
+        x = self.quantized_input(x)
+        padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        )
+        return F.conv_transpose2d(
+            x,
+            self.quantized_weight(),
+            self.bias,
+            self.stride,
+            self.padding,
+            padding,
+            self.groups,
+            self.dilation,
+        )
+
+
+class QuantEmbedding(_Quantized, nn.Embedding):
+    """nn.Embedding with a quantized table; the indices are not quantized."""
+
+    def forward(self, x):
+        return F.embedding(
+            x, self.quantized_weight(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
+            self.sparse,
+        )  # fmt: skip
+
+
+QUANTIZED = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.ConvTranspose2d: QuantConvTranspose2d,
+    nn.Embedding: QuantEmbedding,
+}
+
+
+class IntegerWeight(nn.Module):
+    """A frozen weight as packed integers with its grid; calling it gives the values fake_quantize gave, bit for bit.
+
+    packed: uint8 bytes; scale (rows,), offset, zero_point as the grid had them. Stored with 2, 4 or 8 bits per level.
+    """
+
+    def __init__(self, quantizer, weight):
+        super().__init__()
+        levels, grid = quantizer.integers(weight)
+        self.shape, self.axis, self.dtype = tuple(weight.shape), quantizer.axis, weight.dtype
+        self.bits = next(b for b in (2, 4, 8) if b >= quantizer.bits)
+        self.signed = levels.dtype == torch.int8
+        # Levels of an unsigned 2-bit grid use the field's whole range; packing keeps the low bits of either sign.
+        self.signed = self.signed and quantizer.bounds()[0] < 0
+        self.register_buffer("packed", ops.pack(levels.contiguous(), self.bits))
+        self.grid_names = tuple(name for name, value in grid.items() if value is not None)
+        for name in self.grid_names:
+            self.register_buffer(name, grid[name].clone())
+
+    def integers(self):
+        """The levels, int8 or uint8, in the weight's shape."""
+        return ops.unpack(self.packed, self.bits, self.shape, self.signed)
+
+    def forward(self, _=None):
+        grid = {name: getattr(self, name) for name in self.grid_names}
+        return ops.dequantize(self.integers(), axis=self.axis, dtype=self.dtype, **grid)
+
+    def extra_repr(self):
+        return f"shape={self.shape}, bits={self.bits}"

@@ -1,0 +1,82 @@
+"""Statistics of the data a quantizer starts from, gathered over batches and agreed between processes."""
+
+import torch
+import torch.distributed as dist
+
+_SAMPLES = 8192  # kept per batch for the least-squares range
+
+
+class Statistics:
+    """Count, sums and extremes per row (``axis``), or of the whole tensor, in float64; and a strided sample of it."""
+
+    def __init__(self, axis=None):
+        self.axis, self.sums, self.samples = axis, None, []
+
+    @torch.no_grad()
+    def update(self, x):
+        x = x.detach()
+        rows = (x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)).double()
+        if rows.numel() == 0:
+            return
+        count = torch.full((rows.shape[0],), float(rows.shape[1]), dtype=torch.float64, device=x.device)
+        sums = torch.stack([count, rows.sum(1), rows.square().sum(1), rows.abs().sum(1)])
+        low, high = rows.amin(1), rows.amax(1)
+        if self.sums is None:
+            self.sums, self.minimum, self.maximum = sums, low, high
+        else:
+            self.sums += sums
+            self.minimum, self.maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
+        flat = x.flatten()
+        self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double())
+
+    def agreed(self):
+        """self, after the processes of the default group have joined what they saw."""
+        if self.sums is None:
+            raise RuntimeError("no data was seen: the loader gave no batch, or this layer never ran")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.minimum, op=dist.ReduceOp.MIN)
+            dist.all_reduce(self.maximum, op=dist.ReduceOp.MAX)
+            mine = torch.cat(self.samples)
+            sizes = [None] * dist.get_world_size()
+            dist.all_gather_object(sizes, mine.numel())
+            parts = [mine.new_zeros(max(sizes)) for _ in sizes]
+            dist.all_gather(parts, torch.nn.functional.pad(mine, (0, max(sizes) - mine.numel())))
+            self.samples = [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        return self
+
+    @property
+    def mean(self):
+        return self.sums[1] / self.sums[0]
+
+    @property
+    def mean_abs(self):
+        return self.sums[3] / self.sums[0]
+
+    @property
+    def deviation(self):
+        return (self.sums[2] / self.sums[0] - self.mean.square()).clamp(min=0).sqrt()
+
+    @property
+    def peak(self):
+        return torch.maximum(self.minimum.abs(), self.maximum.abs())
+
+    def least_squares_range(self, levels, steps=32):
+        """(scale, offset), each (1,), of the range inside [min, max] with the least squared error on the sample."""
+        x = torch.cat(self.samples)
+        low, high = x.min(), x.max()
+        shrink = torch.linspace(1 / steps, 1, steps, dtype=torch.float64, device=x.device)
+        middle = low.clamp(max=0) if low < 0 else low
+        best = (torch.inf, (high - low).clamp(min=1e-12) / levels, low)
+        for f in shrink:
+            lo = low * f if low < 0 else middle
+            hi = lo + (high - lo) * shrink
+            scale = ((hi - lo) / levels).clamp(min=1e-12).unsqueeze(1)
+            q = ((x - lo) / scale).round().clamp(0, levels)
+            errors = (q * scale + lo - x).square().mean(1)
+            error, at = errors.min(0)
+            if error < best[0]:
+                best = (error, scale[at, 0], lo)
+            if low >= 0:
+                break
+        return best[1].reshape(1), best[2].reshape(1)

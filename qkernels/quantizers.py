@@ -1,0 +1,343 @@
+"""The quantizers: thin parametrisations of one op. Each says which numbers it learns, how they start, and its grid.
+
+A weight quantizer starts from the weight itself; an activation quantizer from statistics (``qk.calibrate``, or its
+first training batch), agreed between processes.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from . import noise as noises
+from . import ops
+from .observe import Statistics
+
+
+class Quantizer(nn.Module):
+    """What all quantizers share: bits, granularity, sign, noise, perturbation, calibration.
+
+    Args:
+        bits: levels are 2**bits. role: "weight" or "activation".
+        axis, rows: per channel along ``axis`` with ``rows`` scales; None and 1 for per tensor.
+        signed: True, False, or None to decide from the data (activations only).
+        noise: one of qk.noise, drawn in training only. count: N of LSQ's gradient scale 1/sqrt(N * quant_max):
+            "features" (elements that share a scale, without the batch) or "numel" (all elements).
+
+    ``capture`` keeps the last output in ``quantized`` with its gradient; ``shift`` and ``shift_scale`` add
+    shift_scale * shift to the next outputs (SAQ's perturbation after the quantizer).
+    """
+
+    learned: tuple[str, ...] = ()  # names of the parameters
+    decayed = False  # whether weight decay applies to them (PACT)
+    own_sign: bool | None = None  # the grid's sign where the method fixes it
+
+    def __init__(self, bits, role, axis=None, rows=1, signed=None, noise=None, count="features"):
+        super().__init__()
+        if count not in ("features", "numel"):
+            raise ValueError(f"grad_scale_count must be 'features' or 'numel', got {count!r}")
+        self.bits, self.role, self.axis, self.rows = bits, role, axis, rows
+        self.noise, self.count = noise, count
+        self.signed = self.own_sign if self.own_sign is not None else (True if role == "weight" else signed)
+        self.data_decides = self.signed is None
+        for name in self.learned:
+            self.register_parameter(name, nn.Parameter(torch.ones(rows)))
+        # 0: not started; 1: unsigned; 2: signed. A tensor, so that checkpoints carry it.
+        self.register_buffer("state", torch.zeros(1, dtype=torch.uint8))
+        self.started, self.statistics = False, None
+        self.seeds, self.stream = None, 0
+        self.capture, self.quantized, self.shift, self.shift_scale = False, None, None, None
+
+    def bounds(self):
+        """(quant_min, quant_max) of the grid."""
+        return ops.bounds(self.bits, bool(self.signed), None, None)
+
+    def grid(self):
+        """Arguments of fake_quantize that place the grid: scale, and offset, zero_point, ... where there are any."""
+        raise NotImplementedError
+
+    def start(self, statistics):
+        """Set the learned numbers from statistics of the data (one value per row)."""
+        raise NotImplementedError
+
+    def prepare(self, x):
+        """What is quantized in place of x (weight normalisation, tanh)."""
+        return x
+
+    def estimator(self):
+        """Arguments of fake_quantize that change the gradient."""
+        return {}
+
+    def grad_scale(self, x):
+        """1 / sqrt(N * quant_max), the gradient scale of LSQ (section 2.2)."""
+        if self.count == "numel":
+            n = x.numel()
+        else:
+            n = x.numel() // self.rows if self.role == "weight" else x.numel() // max(x.shape[0], 1)
+        return float(max(n, 1) * self.bounds()[1]) ** -0.5
+
+    def forward(self, x):
+        if self.statistics is not None and self.role == "activation":
+            self.statistics.update(x)
+            return x
+        if not self.started:
+            self._start_from_batch(x)
+        x = self.prepare(x)
+        quant_min, quant_max = self.bounds()
+        y = ops.fake_quantize(
+            x, axis=self.axis, quant_min=quant_min, quant_max=quant_max, grad_scale=self.grad_scale(x),
+            shift=self.shift, shift_scale=self.shift_scale, **self._noise(x), **self.grid(), **self.estimator(),
+        )  # fmt: skip
+        if self.capture and y.requires_grad:
+            y.retain_grad()
+            self.quantized = y
+        return y
+
+    def integers(self, x):
+        """The stored levels of x with the grid's numbers: dequantize(**) of them equals the evaluation output."""
+        quant_min, quant_max = self.bounds()
+        grid = {
+            name: value.detach() if isinstance(value, torch.Tensor) else value
+            for name, value in self.grid().items()
+        }
+        x = self.prepare(x).detach()
+        return ops.quantize(x, axis=self.axis, quant_min=quant_min, quant_max=quant_max, **grid), grid
+
+    @torch.no_grad()
+    def start_from(self, statistics):
+        """Fix the sign if the data decides it, set the learned numbers, and remember that it is done."""
+        if self.data_decides:
+            self.signed = bool((statistics.minimum < 0).any())
+        self.start(statistics)
+        self.state.fill_(2 if self.signed else 1)
+        self.started = True
+
+    def _start_from_batch(self, x):
+        if not self.training:
+            raise RuntimeError(
+                f"{type(self).__name__} has no step size yet: call qk.calibrate(model, loader), train, or load a checkpoint"
+            )
+        statistics = Statistics(self.axis)
+        statistics.update(x.detach())
+        self.start_from(statistics.agreed())
+
+    def _noise(self, x):
+        if self.noise is None or not self.training:
+            return {}
+        seed = self.seeds.current(x) if self.seeds is not None else torch.ops.qkernels.draw_seed(x)
+        return {"noise": self.noise, "seed": seed, "stream": self.stream}
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if prefix + "state" in state_dict:
+            state = int(state_dict[prefix + "state"])
+            self.started = state > 0
+            if self.started:
+                self.signed = state == 2
+
+    def extra_repr(self):
+        rows = f", axis={self.axis}, rows={self.rows}" if self.rows > 1 else ""
+        sign = {True: ", signed", False: ", unsigned", None: ""}[self.signed]
+        return f"bits={self.bits}{sign}{rows}" + (f", noise={self.noise}" if self.noise else "")
+
+
+class LSQ(Quantizer):
+    """Learned step size. scale starts at 2 * mean|x| / sqrt(quant_max). Source: Esser et al. 2020.
+
+    ``ewgs``: delta of element-wise gradient scaling, dx = g * (1 + delta * sign(g) * (v - rint(v))) (Lee et al. 2021).
+    """
+
+    learned = ("scale",)
+
+    def __init__(self, *args, ewgs=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ewgs = float(ewgs)
+
+    def grid(self):
+        return {"scale": self.scale}
+
+    def estimator(self):
+        return {"ewgs": self.ewgs} if self.ewgs else {}
+
+    def start(self, statistics):
+        self.scale.copy_(_positive(2 * statistics.mean_abs / math.sqrt(self.bounds()[1])))
+
+
+class LSQPlus(Quantizer):
+    """LSQ with a learned real offset for activations. Source: Bhalgat et al. 2020.
+
+    Weights: symmetric, scale = max(|mu - 3 sigma|, |mu + 3 sigma|) / 2**(bits - 1). Activations: (scale, offset) of
+    least squared error on the calibration data.
+    """
+
+    def __init__(self, bits, role, *args, **kwargs):
+        self.learned = ("scale",) if role == "weight" else ("scale", "offset")
+        self.own_sign = True if role == "weight" else False
+        super().__init__(bits, role, *args, **kwargs)
+
+    def grid(self):
+        return (
+            {"scale": self.scale} if self.role == "weight" else {"scale": self.scale, "offset": self.offset}
+        )
+
+    def start(self, statistics):
+        if self.role == "weight":
+            mean, deviation = statistics.mean, 3 * statistics.deviation
+            widest = torch.maximum((mean - deviation).abs(), (mean + deviation).abs())
+            self.scale.copy_(_positive(widest / 2 ** (self.bits - 1)))
+            return
+        scale, offset = statistics.least_squares_range(self.bounds()[1])
+        self.scale.copy_(_positive(scale))
+        self.offset.copy_(offset)
+
+
+class Asymmetric(Quantizer):
+    """Learned scale, zero point fixed by calibration. Source: FPQ, eqs. 4 and 5.
+
+    scale = (max - min) / (2**bits - 1), zero_point = -rint(min / scale), with 0 inside [min, max].
+    """
+
+    learned, own_sign = ("scale",), False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("zero_point", torch.zeros(self.rows, dtype=torch.int32))
+
+    def grid(self):
+        return {"scale": self.scale, "zero_point": self.zero_point}
+
+    def start(self, statistics):
+        low, high = statistics.minimum.clamp(max=0), statistics.maximum.clamp(min=0)
+        top = self.bounds()[1]
+        self.scale.copy_(_positive((high - low) / top))
+        self.zero_point.copy_((-(low / self.scale).round()).clamp(0, top).to(torch.int32))
+
+
+class ClipWeight(Quantizer):
+    """SAQ's weight quantizer: 2**bits levels on [-clip, clip] without zero, on standardised weights. Source: SAQ, eq. 1.
+
+    weight_norm: "detach" (statistics of the layer are constants), "full" (gradient through them), or "none".
+    clip starts at 1 with weight normalisation, else at 0.8 * max|w|.
+    """
+
+    learned, own_sign = ("clip",), False
+
+    def __init__(self, *args, weight_norm="detach", **kwargs):
+        super().__init__(*args, **kwargs)
+        if weight_norm not in ("detach", "full", "none"):
+            raise ValueError(f"weight_norm must be 'detach', 'full' or 'none', got {weight_norm!r}")
+        self.weight_norm = weight_norm
+
+    def prepare(self, x):
+        if self.weight_norm == "none":
+            return x
+        deviation, mean = torch.std_mean(x.detach() if self.weight_norm == "detach" else x)
+        return (x - mean) / deviation
+
+    def grid(self):
+        clip = self.clip.abs()
+        return {"scale": clip * (2 / self.bounds()[1]), "offset": -clip}
+
+    def start(self, statistics):
+        self.clip.copy_(
+            torch.ones_like(self.clip) if self.weight_norm != "none" else _positive(0.8 * statistics.peak)
+        )
+
+    def grad_scale(self, x):
+        return 1.0
+
+
+class ClipActivation(Quantizer):
+    """SAQ's activation quantizer: [0, clip] in 2**bits - 1 steps; clip starts at 1. Source: SAQ, section 3.1.
+
+    Data with negative values gets the signed grid of the same clip, starting at 0.8 * max|x|.
+    """
+
+    learned, initial = ("clip",), 1.0
+
+    def grid(self):
+        return {"scale": self.clip.abs() / self.bounds()[1]}
+
+    def start(self, statistics):
+        self.clip.copy_(
+            _positive(0.8 * statistics.peak) if self.signed else torch.full_like(self.clip, self.initial)
+        )
+
+    def grad_scale(self, x):
+        return 1.0
+
+
+class PACT(ClipActivation):
+    """Parameterised clipping: as SAQ's activations, but the clip learns from clipped elements alone; starts at 6.
+
+    Weight decay applies to the clip. Source: Choi et al. 2018, eqs. 1 to 3.
+    """
+
+    initial, decayed = 6.0, True
+
+    def estimator(self):
+        return {"clip_only": True}
+
+
+class DoReFaWeight(Quantizer):
+    """tanh(w) / max|tanh(w)| on 2**bits levels of [-1, 1]; nothing is learned. Source: Zhou et al. 2016, eq. 9."""
+
+    own_sign = False
+
+    def prepare(self, x):
+        squashed = x.tanh()
+        return squashed / squashed.abs().max().detach()
+
+    def grid(self):
+        ones = torch.ones(self.rows, device=self.state.device)
+        return {"scale": ones * (2 / self.bounds()[1]), "offset": -ones}
+
+    def start(self, statistics):
+        pass
+
+
+class DoReFaActivation(Quantizer):
+    """[0, 1] in 2**bits - 1 steps, or the signed grid on [-1, 1]. Source: Zhou et al. 2016, eq. 11."""
+
+    def grid(self):
+        return {"scale": torch.full((self.rows,), 1 / self.bounds()[1], device=self.state.device)}
+
+    def start(self, statistics):
+        pass
+
+
+class SeedSource:
+    """The seed of this step, one draw for a whole model; layers differ by their stream.
+
+    ``renew`` is the model's forward pre-hook. The seed is a new int64 tensor each time, drawn from torch's generator,
+    so that torch.manual_seed and checkpoints of the generator reproduce a run.
+    """
+
+    def __init__(self):
+        self.seed = None
+
+    def renew(self, module, args):
+        if module.training:
+            like = next(module.parameters())
+            self.seed = torch.ops.qkernels.draw_seed(like)
+
+    def current(self, x):
+        if self.seed is None or self.seed.device != x.device:
+            self.seed = torch.ops.qkernels.draw_seed(x)
+        return self.seed
+
+
+def _positive(scale):
+    """A usable step size also for constant or empty data."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+WEIGHT = {
+    "lsq": LSQ, "lsq+": LSQPlus, "asymmetric": Asymmetric, "saq": ClipWeight, "pact": DoReFaWeight,
+    "dorefa": DoReFaWeight, "noise_tempering": LSQ, "diffq": LSQ, "ewgs": LSQ,
+}  # fmt: skip
+ACTIVATION = {
+    "lsq": LSQ, "lsq+": LSQPlus, "asymmetric": Asymmetric, "saq": ClipActivation, "pact": PACT,
+    "dorefa": DoReFaActivation, "noise_tempering": LSQ, "diffq": LSQ, "ewgs": LSQ,
+}  # fmt: skip
+WEIGHT_NOISE = {"noise_tempering": noises.Tempering(), "diffq": noises.Pseudo()}
