@@ -7,6 +7,8 @@ from qkernels.models import build_model
 
 from . import checkpoint
 
+NOISES = ("Tempering", "FeaturePerturbation", "Pseudo", "StochasticRounding")
+
 
 def float_model(config, data):
     """The floating-point network of a run, freshly initialised from the global random state."""
@@ -17,14 +19,26 @@ def quantize(model, config):
     """Swaps the quantized layers of the run's method into `model`; a float run returns it unchanged."""
     if not config["method"]:
         return model
-    bits = {"weight_bits": config["weight_bits"], "act_bits": config["act_bits"]}
+    arguments = {key: _argument(key, value) for key, value in config["quantizer"].items()}
+    bits = {key: None if config[key] == 32 else config[key] for key in ("weight_bits", "act_bits")}
     try:
-        qconfig = qk.QConfig(method=config["method"], **bits, **config["quantizer"])
+        qconfig = qk.QConfig(method=config["method"], **bits, **arguments)
     except TypeError as error:
         raise ValueError(
             f"quantizer: {config['quantizer']} has an argument that QConfig does not know: {error}"
         ) from None
     return qk.quantize_(model, qconfig)
+
+
+def _argument(key, value):
+    """A QConfig argument from TOML, which has no None ("none") and no objects ({kind = "Tempering", c = 0.2})."""
+    if isinstance(value, dict):
+        arguments = dict(value)
+        kind = arguments.pop("kind", None)
+        if kind not in NOISES:
+            raise ValueError(f"quantizer.{key}.kind: {kind!r} is not one of {', '.join(NOISES)}")
+        return getattr(qk.noise, kind)(**arguments)
+    return None if value == "none" and key != "weight_norm" else value
 
 
 def load_weights(model, path):

@@ -110,7 +110,7 @@ def _bar(epochs):
     return tqdm(
         total=epochs,
         leave=False,
-        bar_format="{desc}{bar:30} {n:.1f}/{total} epochs [{elapsed}<{remaining}] {postfix}",
+        bar_format="{desc}{bar:30} {n:.1f}/{total} epochs [{elapsed}<{remaining}]{postfix}",
     )
 
 

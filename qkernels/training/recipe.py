@@ -10,7 +10,7 @@ from pathlib import Path
 SETTINGS = {
     "summary": "",  # one line for --list-recipes
     "method": "",  # of QConfig; empty trains in floating point
-    "weight_bits": 4,
+    "weight_bits": 4,  # 2 to 8; 32 stays in floating point
     "act_bits": 4,
     "epochs": 100,
     "batch_size": 128,
@@ -35,7 +35,7 @@ SETTINGS = {
     "float_epochs": 0,  # of the float model a quantized run without --init trains first; 0: as the float recipe says
     "calibration_batches": 8,
     "bn_reestimate": 0,  # batches for the BatchNorm statistics after training; 0 is off
-    "quantizer": {},  # further arguments of QConfig
+    "quantizer": {},  # further arguments of QConfig; None is "none", a noise { kind = "Tempering", c = 0.2 }
     "distill": {},  # kind = "logits" | "features", weight, ...: a loss against the float model
     "sharpness": {},  # kind = "sam" | "saq", ...: the optimizer around the optimizer
 }
