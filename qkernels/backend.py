@@ -18,6 +18,7 @@ SCHEMAS: dict[str, str] = {}
 why_not: dict[str, str] = {}  # device -> why its native library does not serve
 
 library = torch.library.Library("qkernels", "DEF")
+_dispatched: dict[str, object] = {}
 _forced: str | None = None
 
 
@@ -27,6 +28,7 @@ def define(name: str, schema: str, fake) -> None:
     library.define(f"{name}{schema}")
     library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qkernels::{name}", fake, lib=library)
+    _dispatched[name] = getattr(torch.ops.qkernels, name).default
 
 
 def load() -> None:
@@ -73,8 +75,15 @@ def _lazy_triton(name: str):
 def op(name: str):
     """The callable that serves an op: the dispatcher's, or the forced backend's."""
     if _forced is None or _forced == "native":
-        return getattr(torch.ops.qkernels, name).default
+        return _dispatched[name]
     return getattr(reference, name) if _forced == "reference" else _lazy_triton(name)
+
+
+def apply_function(function: type[torch.autograd.Function]):
+    """``function.apply`` without its inspection of the signature, most of a small call's cost, where nothing needs it."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply
+    return super(torch.autograd.Function, function).apply
 
 
 @contextlib.contextmanager

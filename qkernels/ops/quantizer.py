@@ -70,7 +70,6 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:5])
-        ctx.save_for_forward(*inputs[:5])
         ctx.settings = inputs[7:]
 
     @staticmethod
@@ -78,13 +77,6 @@ class FakeQuantize(torch.autograd.Function):
         run = FakeQuantizeBackward.apply if torch.is_grad_enabled() else FakeQuantizeBackward.forward
         dx, dscale, doffset = run(grad, *ctx.saved_tensors, *ctx.settings)
         return (dx, dscale, doffset if ctx.needs_input_grad[2] else None, *[None] * 14)
-
-    @staticmethod
-    def jvp(ctx, x_t, scale_t, offset_t, *rest):
-        x, scale, offset = ctx.saved_tensors[:3]
-        return _tangent(
-            _slopes(ctx.saved_tensors, ctx.settings), x, scale, ctx.settings, x_t, scale_t, offset_t
-        )
 
     @staticmethod
     def vmap(info, dims, x, scale, offset, zero_point, seed, shift, shift_scale, axis, *rest):
@@ -108,7 +100,6 @@ class FakeQuantizeBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:6])
-        ctx.save_for_forward(*inputs[:6])
         ctx.settings = inputs[6:]
 
     @staticmethod
@@ -117,12 +108,6 @@ class FakeQuantizeBackward(torch.autograd.Function):
         slopes = _slopes((x, scale, *rest), ctx.settings)
         dgrad = _tangent(slopes, x, scale, ctx.settings, ddx, ddscale, ddoffset, grad)
         return (dgrad, *[None] * 15)
-
-    @staticmethod
-    def jvp(ctx, grad_t, *rest):
-        if grad_t is None:
-            grad_t = torch.zeros_like(ctx.saved_tensors[0])
-        return FakeQuantizeBackward.apply(grad_t, *ctx.saved_tensors[1:], *ctx.settings)
 
     @staticmethod
     def vmap(info, dims, grad, x, scale, offset, zero_point, seed, axis, *rest):
@@ -330,7 +315,8 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
         kind, seed = noises.SHIFT, None
     else:
         seed = None
-    return FakeQuantize.apply(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max,
+    run = backend.apply_function(FakeQuantize)
+    return run(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max,
                               float(grad_scale), bool(clip_only), float(ewgs), kind, a, b, int(stream))  # fmt: skip
 
 
