@@ -1,0 +1,27 @@
+"""What all tests share: one thread unless a test asks for more, fixed seeds, a count of what this machine cannot run."""
+
+import pytest
+import torch
+
+from qkernels import testing
+
+
+@pytest.fixture(autouse=True)
+def quiet_machine():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def poisoned():
+    """New tensors hold NaN (integers: their largest value) until something writes them, the native libraries' too."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not torch.cuda.is_available():
+        absent = sum(1 for _ in testing.cases())
+        terminalreporter.write_line(f"no CUDA device: {absent} parity cases of each CUDA backend are absent")

@@ -1,0 +1,91 @@
+"""Every backend gives what the reference gives, over the one table of cases."""
+
+import pytest
+import torch
+
+from qkernels import testing
+
+RUNS = [
+    pytest.param(case, backend, device, id=case.id(backend if device == "cpu" else f"{backend}-{device}"))
+    for case in testing.cases()
+    for device in testing.devices()
+    for backend in testing.backends(case.op, device)
+    if (backend, device) != ("reference", "cpu")
+]
+
+
+def tensors(args):
+    return [a for a in args if isinstance(a, torch.Tensor)]
+
+
+def same_bits(a, b):
+    a, b = ((t,) if isinstance(t, torch.Tensor) else t for t in (a, b))
+    return all(torch.equal(s.contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))
+               for s, t in zip(a, b) if s.numel() and s.dim())  # fmt: skip
+
+
+@pytest.mark.parametrize("case, backend, device", RUNS)
+def test_parity(case, backend, device, poisoned):
+    args = case.args(device)
+    kept = [t.clone() for t in tensors(args)]
+    run = testing.backends(case.op, device)[backend]
+    got = run(*args)
+    testing.compare(case, args, got, testing.backends(case.op)["reference"](*args))
+    assert same_bits(kept, tensors(args)), "an input was written"
+    assert same_bits(run(*args), got), "a second call gave other bits"
+
+
+
+LARGE = [(1 << 18,), (3, 100_003), (700, 331), (40_000, 6)]
+
+
+@pytest.mark.parametrize("op", testing.OPS)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_threads_change_no_bit(op, shape):
+    row = testing.OPS[op]
+    for granularity in ("tensor", *(g for g in ("axis0", "axis1", "token") if g in row.granularities and len(shape) > 1)):
+        case = testing.Case(op, shape, row.dtypes[0], granularity, "contiguous", row.options[-1])
+        args = case.args()
+        one = getattr(torch.ops.qkernels, op)(*args)
+        torch.set_num_threads(2)
+        two = getattr(torch.ops.qkernels, op)(*args)
+        torch.set_num_threads(1)
+        assert same_bits(one, two), granularity
+
+
+def test_the_native_library_allocates_poisoned_memory(poisoned):
+    """The premise of `poisoned`: its outputs come from torch's allocator, which fills them."""
+    from torch.profiler import profile
+
+    x = torch.ones(3, 5)
+    with profile() as seen:
+        torch.ops.qkernels.fake_quantize(x, torch.ones(1), None, None, -1, -8, 7, 0, 0.0, 0.0, None, 0, None, None)
+    names = [event.name for event in seen.events()]
+    assert "aten::fill_" in names[names.index("qkernels::fake_quantize"):]
+
+
+def test_the_table_covers_what_it_says():
+    seen = list(testing.cases())
+    assert len(seen) == len(set(seen))
+    for op in testing.OPS.values():
+        mine = [case for case in seen if case.op == op.name]
+        for field in ("dtype", "granularity", "memory", "option"):
+            plural = {"memory": "memories", "granularity": "granularities"}.get(field, f"{field}s")
+            assert {getattr(case, field) for case in mine} >= set(getattr(op, plural))
+    x = testing.Case("fake_quantize", testing.SHAPE, torch.float32, "tensor", "contiguous", "special").args()[0]
+    v = x / 0.25
+    assert ((v - v.floor()) == 0.5).sum() > 100 and (v == 7).sum() > 50 and (v == -8).sum() > 50
+    assert x.isnan().any() and x.isposinf().any() and x.isneginf().any() and ((x == 0) & x.signbit()).any()
+    assert {case.args()[0].data_ptr() % 16 for case in seen[:12] if case.memory == "misaligned"} == {4}
+
+
+def test_compare_sees_a_difference():
+    case = testing.Case("fake_quantize_backward", (4, 6), torch.float32, "axis0")
+    args = case.args()
+    dx, dscale, doffset = want = testing.backends(case.op)["reference"](*args)
+    for wrong in ((-dx, dscale, doffset), (dx, dscale * 1.001, doffset), (dx.double(), dscale, doffset),
+                  (dx.t().contiguous().t(), dscale, doffset), (dx, dscale * float("nan"), doffset),
+                  (torch.where(dx == 0, -0.0, dx), dscale, doffset)):  # fmt: skip
+        with pytest.raises(AssertionError):
+            testing.compare(case, args, wrong, want)
+    testing.compare(case, args, want, want)
