@@ -1,9 +1,28 @@
-"""The few facts of torch.distributed a training run needs; all of them hold without it (one process, rank 0)."""
+"""Where a run runs: its device, and the few facts of torch.distributed it needs (one process is rank 0 of 1)."""
 
 import os
 
 import torch
 import torch.distributed as dist
+
+
+def find_device(name):
+    """The torch.device of `--device`; ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: {name!r} is not a device; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: {name!r} is not there; this torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({os.cpu_count()} cores)"
 
 
 def start(device):

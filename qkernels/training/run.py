@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import platform
 import random
 import shlex
@@ -194,7 +193,7 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = deterministic
-    machine = {"device": distributed.start(_device(device)), "workers": workers}
+    machine = {"device": distributed.start(distributed.find_device(device)), "workers": workers}
     options = {"tensorboard": tensorboard, "keep_best": keep_best, "quiet": quiet or distributed.rank() > 0}
     data = _data(config, **machine)
     _seed(config["seed"])
@@ -337,7 +336,7 @@ def _finish(trainer, config, out, data):
         "seconds": sum(line["seconds"] for line in lines),
         "step_ms": steps[len(steps) // 2] if steps else None,
         "params": sum(p.numel() for p in trainer.model.parameters()),
-        "device": _device_name(trainer.device),
+        "device": distributed.device_name(trainer.device),
         "threads": torch.get_num_threads(),
         "processes": distributed.world(),
     }
@@ -358,7 +357,7 @@ def load_run(out, device="cpu", batch_size=None, which="checkpoint"):
         FileNotFoundError: no run, or no checkpoint in it.
         RuntimeError: the checkpoint is damaged.
     """
-    config, device = read_config(out), _device(str(device))
+    config, device = read_config(out), distributed.find_device(str(device))
     state, _ = checkpoint.load(Path(out) / which)
     data = _data({**config, "batch_size": batch_size or config["batch_size"]}, device=device, workers=4)
     model = build.quantize(build.float_model(config, data), config)
@@ -378,24 +377,6 @@ def _data(config, device, workers):
         workers=workers,
         **where,
     )
-
-
-def _device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: {name!r} is not a device; expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device: {name!r} is not there; this torch sees {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
-
-
-def _device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({os.cpu_count()} cores)"
 
 
 def _seed(seed):
