@@ -106,6 +106,11 @@ def use_backend(name: str):
         _forced = previous
 
 
+def forced() -> str | None:
+    """The backend that use_backend or QKERNELS_BACKEND asks for, if any."""
+    return _forced
+
+
 def serves(name: str, device: str) -> str:
     """Which backend answers an op on a device now."""
     if _forced is not None and _forced != "native":
