@@ -57,11 +57,8 @@ def test_conversion_keeps_the_outputs():
     "line", [line for b in blocks("") for line in b.splitlines() if line.startswith("qkernels ")]
 )
 def test_command_parses(line):
-    """The arguments exist: parsing them stops at --help, with exit code 0, after every other argument was read."""
     words = shlex.split(line, comments=True)[1:]
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*words, "--help"])
-    assert stopped.value.code == 0
+    assert callable(cli.parse(words).run)
 
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))))
