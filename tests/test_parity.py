@@ -35,7 +35,6 @@ def test_parity(case, backend, device, poisoned):
     assert same_bits(run(*args), got), "a second call gave other bits"
 
 
-
 LARGE = [(1 << 18,), (3, 100_003), (700, 331), (40_000, 6)]
 
 
@@ -43,7 +42,10 @@ LARGE = [(1 << 18,), (3, 100_003), (700, 331), (40_000, 6)]
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_threads_change_no_bit(op, shape):
     row = testing.OPS[op]
-    for granularity in ("tensor", *(g for g in ("axis0", "axis1", "token") if g in row.granularities and len(shape) > 1)):
+    for granularity in (
+        "tensor",
+        *(g for g in ("axis0", "axis1", "token") if g in row.granularities and len(shape) > 1),
+    ):
         case = testing.Case(op, shape, row.dtypes[0], granularity, "contiguous", row.options[-1])
         args = case.args()
         one = getattr(torch.ops.qkernels, op)(*args)
@@ -59,9 +61,11 @@ def test_the_native_library_allocates_poisoned_memory(poisoned):
 
     x = torch.ones(3, 5)
     with profile() as seen:
-        torch.ops.qkernels.fake_quantize(x, torch.ones(1), None, None, -1, -8, 7, 0, 0.0, 0.0, None, 0, None, None)
+        torch.ops.qkernels.fake_quantize(
+            x, torch.ones(1), None, None, -1, -8, 7, 0, 0.0, 0.0, None, 0, None, None
+        )
     names = [event.name for event in seen.events()]
-    assert "aten::fill_" in names[names.index("qkernels::fake_quantize"):]
+    assert "aten::fill_" in names[names.index("qkernels::fake_quantize") :]
 
 
 def test_the_table_covers_what_it_says():
@@ -72,7 +76,9 @@ def test_the_table_covers_what_it_says():
         for field in ("dtype", "granularity", "memory", "option"):
             plural = {"memory": "memories", "granularity": "granularities"}.get(field, f"{field}s")
             assert {getattr(case, field) for case in mine} >= set(getattr(op, plural))
-    x = testing.Case("fake_quantize", testing.SHAPE, torch.float32, "tensor", "contiguous", "special").args()[0]
+    x = testing.Case("fake_quantize", testing.SHAPE, torch.float32, "tensor", "contiguous", "special").args()[
+        0
+    ]
     v = x / 0.25
     assert ((v - v.floor()) == 0.5).sum() > 100 and (v == 7).sum() > 50 and (v == -8).sum() > 50
     assert x.isnan().any() and x.isposinf().any() and x.isneginf().any() and ((x == 0) & x.signbit()).any()
