@@ -4,4 +4,5 @@ Arithmetic is float32 (float64 for float64 inputs); a result is rounded to its d
 of meaning.
 """
 
+from .moments import standardized_distance, standardized_distance_backward
 from .quantizer import dequantize, fake_quantize, fake_quantize_backward, pack, quantize, unpack
