@@ -2,10 +2,11 @@
 
 __version__ = "0.1.0"
 
-from . import backend, distill, nn, noise
+from . import backend, distill, nn, noise, optim
 from .backend import use_backend
 from .convert import QConfig, calibrate, convert_, param_groups, quantize_, summary
 from .ops import dequantize, fake_quantize, pack, quantize, unpack
+from .perturbation import perturb, perturbed
 
 backend.load()
 backend._force_from_environment()

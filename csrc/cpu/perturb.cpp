@@ -1,0 +1,330 @@
+// multi_norm, multi_dot and multi_perturb on the CPU: a whole list of tensors per call.
+//
+// The list is cut into pieces of at most kPiece elements of one tensor, whatever the number of threads. Sums are kept
+// in double, by piece; variates are a function of (seed, copy, tensor, index). So every result has the same bits on one
+// thread and on many.
+#include "math/perturb.h"
+#include "cpu/arguments.h"
+#include "cpu/philox.h"
+
+namespace qk {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+constexpr int64_t kPiece = 16384;
+constexpr int64_t kStep = 4 * kCounters;         // elements that are computed at a time
+constexpr int64_t kStreamed = int64_t(1) << 25;  // bytes of output from which on it is written past the caches
+
+struct Piece {
+  int64_t tensor, begin, end;
+};
+
+std::vector<Piece> pieces_of(const Tensors& tensors) {
+  std::vector<Piece> pieces;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const int64_t numel = tensors[t].numel();
+    for (int64_t i = 0; i < numel; i += kPiece) pieces.push_back({int64_t(t), i, std::min(i + kPiece, numel)});
+  }
+  return pieces;
+}
+
+int64_t grain_of(const std::vector<Piece>& pieces, int64_t weight) {
+  int64_t total = 0;
+  for (const Piece& piece : pieces) total += piece.end - piece.begin;
+  return std::max<int64_t>(1, kGrain * int64_t(pieces.size()) / std::max<int64_t>(total * weight, 1));
+}
+
+// `list` in the memory order of `like`, or in its own; an empty list stays empty.
+Tensors in_order(const Tensors& list, const Tensors& like, const char* name) {
+  if (list.empty()) return {};
+  STD_TORCH_CHECK(list.size() == like.size(), "qkernels: ", name, " has ", list.size(), " tensors for ", like.size());
+  Tensors result;
+  result.reserve(list.size());
+  for (size_t t = 0; t < list.size(); ++t) {
+    STD_TORCH_CHECK(list[t].scalar_type() == like[t].scalar_type(), "qkernels: ", name, " differs in dtype");
+    if (list[t].is_contiguous() && like[t].is_contiguous() && list[t].numel() == like[t].numel()) {
+      result.push_back(list[t]);
+    } else {
+      result.push_back(aligned(list[t], like[t]));
+    }
+  }
+  return result;
+}
+
+Tensors dense_all(const Tensors& list) {
+  Tensors result;
+  result.reserve(list.size());
+  for (const Tensor& t : list) result.push_back(dense(t));
+  return result;
+}
+
+const void* address(const Tensors& list, int64_t t) { return list.empty() ? nullptr : list[t].const_data_ptr(); }
+
+// --- sums ---
+
+constexpr int64_t kSums = 32;  // partial sums kept side by side
+
+template <class S>
+QK_CLONES double squares(const S* x, const S* w, double eta, int64_t count) {
+  double lanes[kSums] = {};
+  const auto body = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+    double v = double(load(x[i + j]));
+    if (w) v *= magnitude(double(load(w[i + j]))) + eta;
+    lanes[j] += v * v;
+  };
+  int64_t i = 0;
+  if (w) {
+    for (; i + kSums <= count; i += kSums) {
+      for (int64_t j = 0; j < kSums; ++j) body(i, j);
+    }
+  } else {
+    for (; i + kSums <= count; i += kSums) {
+      for (int64_t j = 0; j < kSums; ++j) {
+        const double v = double(load(x[i + j]));
+        lanes[j] += v * v;
+      }
+    }
+  }
+  for (int64_t j = 0; i + j < count; ++j) body(i, j);
+  double sum = 0;
+  for (int64_t j = 0; j < kSums; ++j) sum += lanes[j];
+  return sum;
+}
+
+struct Products {
+  double ab, aa, bb;
+};
+
+template <class S>
+QK_CLONES Products products(const S* a, const S* b, int64_t count) {
+  double ab[kSums] = {}, aa[kSums] = {}, bb[kSums] = {};
+  const auto body = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+    const double u = double(load(a[i + j])), v = double(load(b[i + j]));
+    ab[j] += u * v;
+    aa[j] += u * u;
+    bb[j] += v * v;
+  };
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (int64_t j = 0; j < kSums; ++j) body(i, j);
+  }
+  for (int64_t j = 0; i + j < count; ++j) body(i, j);
+  Products sum{0, 0, 0};
+  for (int64_t j = 0; j < kSums; ++j) sum.ab += ab[j], sum.aa += aa[j], sum.bb += bb[j];
+  return sum;
+}
+
+std::tuple<Tensor, Tensor> multi_norm_cpu(const Tensors& tensors_, const Tensors& weights_, double eta) {
+  STD_TORCH_CHECK(!tensors_.empty(), "qkernels: tensors is empty");
+  const Tensors tensors = dense_all(tensors_), weights = in_order(weights_, tensors, "weights");
+  const std::vector<Piece> pieces = pieces_of(tensors);
+  std::vector<double> partial(pieces.size());
+  torch::stable::parallel_for(0, int64_t(pieces.size()), grain_of(pieces, 1), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const auto [t, begin, end] = pieces[i];
+      with_storage(tensors[t].scalar_type(), [&](auto storage) {
+        using S = decltype(storage);
+        const S *x = static_cast<const S*>(tensors[t].const_data_ptr()),
+                *w = static_cast<const S*>(address(weights, t));
+        partial[i] = squares(x + begin, w ? w + begin : nullptr, eta, end - begin);
+      });
+    }
+  });
+  const int64_t count = int64_t(tensors.size());
+  Tensor norm = torch::stable::new_empty(tensors[0], {1}, ScalarType::Double);
+  Tensor norms = torch::stable::new_empty(tensors[0], {count}, ScalarType::Double);
+  double* each = static_cast<double*>(norms.mutable_data_ptr());
+  std::fill(each, each + count, 0.0);
+  for (size_t i = 0; i < pieces.size(); ++i) each[pieces[i].tensor] += partial[i];
+  double total = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    total += each[t];
+    each[t] = std::sqrt(each[t]);
+  }
+  *static_cast<double*>(norm.mutable_data_ptr()) = std::sqrt(total);
+  return {norm, norms};
+}
+
+Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
+  STD_TORCH_CHECK(!a_.empty(), "qkernels: a is empty");
+  const Tensors a = dense_all(a_), b = in_order(b_, a, "b");
+  STD_TORCH_CHECK(!b.empty(), "qkernels: b is empty");
+  const std::vector<Piece> pieces = pieces_of(a);
+  std::vector<Products> partial(pieces.size());
+  torch::stable::parallel_for(0, int64_t(pieces.size()), grain_of(pieces, 2), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const auto [t, begin, end] = pieces[i];
+      with_storage(a[t].scalar_type(), [&](auto storage) {
+        using S = decltype(storage);
+        const S *x = static_cast<const S*>(a[t].const_data_ptr()), *y = static_cast<const S*>(b[t].const_data_ptr());
+        partial[i] = products(x + begin, y + begin, end - begin);
+      });
+    }
+  });
+  Tensor result = torch::stable::new_empty(a[0], {3}, ScalarType::Double);
+  double* sums = static_cast<double*>(result.mutable_data_ptr());
+  std::fill(sums, sums + 3, 0.0);
+  for (const Products& p : partial) sums[0] += p.ab, sums[1] += p.aa, sums[2] += p.bb;
+  return result;
+}
+
+// --- perturbed copies ---
+
+// Writes a finished block; past the caches where the whole output is larger than they are, which spares reading it.
+inline void emit(void* to, const void* from, size_t bytes, bool streamed) {
+#if QK_VECTOR_PHILOX
+  if (streamed && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    const size_t whole = bytes / 16;
+    for (size_t i = 0; i < whole; ++i) {
+      _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+    }
+    memcpy(static_cast<char*>(to) + whole * 16, static_cast<const char*>(from) + whole * 16, bytes % 16);
+    return;
+  }
+#endif
+  memcpy(to, from, bytes);
+}
+
+// A piece's tensors, and the copies it goes to: copy k at out[k * stride].
+struct Task {
+  const void *w, *d, *p;
+  const Tensor* out;
+  int64_t stride, tensor, begin, end;
+};
+
+struct Plan {
+  std::vector<Numbers<double>> numbers;  // by copy
+  uint64_t seed;
+  int64_t first_copy;
+  bool streamed;
+
+  bool same(size_t k) const {
+    const Numbers<double>&x = numbers[k], &y = numbers[k - 1];
+    return x.a == y.a && x.b == y.b && x.c == y.c;
+  }
+};
+
+template <int64_t move, class C>
+QK_HD void variates(const WordBlock& words, C* __restrict n) {
+  if (move == kUniform) {
+    for (int64_t j = 0; j < kCounters; ++j) {
+      for (int k = 0; k < 4; ++k) n[4 * j + k] = C(symmetric(words.w[k][j]));
+    }
+    return;
+  }
+  alignas(64) float v[4][kCounters];
+  for (int half = 0; half < 4; half += 2) {
+    for (int64_t j = 0; j < kCounters; ++j) {
+      const Pair pair = normal_pair(words.w[half][j], words.w[half + 1][j]);
+      v[half][j] = pair.first;
+      v[half + 1][j] = pair.second;
+    }
+  }
+  for (int64_t j = 0; j < kCounters; ++j) {
+    for (int k = 0; k < 4; ++k) n[4 * j + k] = C(v[k][j]);
+  }
+}
+
+template <int64_t move, class S>
+QK_CLONES void perturb_piece(const Task& task, const Plan& plan) {
+  using C = Compute<S>;
+  const S *w = static_cast<const S*>(task.w), *d = static_cast<const S*>(task.d), *p = static_cast<const S*>(task.p);
+  WordBlock words;
+  alignas(64) S y[kStep];
+  alignas(64) C x[kStep], factor[kStep], n[kStep];
+  for (int64_t i = task.begin; i < task.end; i += kStep) {
+    const int64_t count = std::min(kStep, task.end - i);
+    if (draws(move)) {
+      for (int64_t j = 0; j < count; ++j) x[j] = load(w[i + j]);
+    }
+    for (size_t k = 0; k < plan.numbers.size(); ++k) {
+      const Numbers<C> numbers{C(plan.numbers[k].a), C(plan.numbers[k].b), C(plan.numbers[k].c)};
+      if (draws(move)) {
+        if (k == 0 || !plan.same(k)) {
+          for (int64_t j = 0; j < count; ++j) factor[j] = spread<move>(x[j], numbers);
+        }
+        philox_block(plan.seed, stream_of(plan.first_copy + int64_t(k), task.tensor), uint64_t(i) >> 2, (count + 3) / 4,
+                     words);
+        variates<move>(words, n);
+        for (int64_t j = 0; j < count; ++j) y[j] = store<S>(moved(x[j], factor[j], n[j]));
+      } else if (p) {
+        for (int64_t j = 0; j < count; ++j) {
+          y[j] = store<S>(perturbed<move>(load(w[i + j]), load(d[i + j]), load(p[i + j]), numbers));
+        }
+      } else {
+        for (int64_t j = 0; j < count; ++j) {
+          const C v = load(w[i + j]);
+          y[j] = store<S>(perturbed<move>(v, load(d[i + j]), v, numbers));
+        }
+      }
+      S* out = static_cast<S*>(task.out[int64_t(k) * task.stride].mutable_data_ptr());
+      emit(out + i, y, size_t(count) * sizeof(S), plan.streamed);
+    }
+  }
+}
+
+constexpr std::array<int64_t, 7> kMoves = {kAlong, kAdaptive, kNormal, kMagnitude, kUniform, kAscend, kAscendSign};
+
+Plan plan_of(const Tensor& coefficients, int64_t move, bool points, const MaybeTensor& seed, int64_t first_copy) {
+  STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2,
+                  "qkernels: coefficients must be float64 of shape (copies, 1 to 3)");
+  const Tensor table = torch::stable::contiguous(coefficients);
+  const int64_t copies = table.size(0), width = table.size(1);
+  const double* values = static_cast<const double*>(table.const_data_ptr());
+  Plan plan{std::vector<Numbers<double>>(copies), 0, first_copy, false};
+  for (int64_t k = 0; k < copies; ++k) {
+    const auto number = [&](int64_t j) { return j < width ? finite_or_zero(values[k * width + j]) : 0.0; };
+    plan.numbers[k] = {number(0), move == kAlong && !points ? 0.0 : number(1), number(2)};
+  }
+  if (draws(move)) {
+    STD_TORCH_CHECK(seed, "qkernels: noise needs a seed");
+    plan.seed = uint64_t(*static_cast<const int64_t*>(row_values(*seed, ScalarType::Long, 1, "seed").const_data_ptr()));
+  }
+  return plan;
+}
+
+void multi_perturb_cpu(const Tensors& out, const Tensors& params_, const Tensors& directions_, const Tensors& points_,
+                       int64_t move, const Tensor& coefficients, const MaybeTensor& seed, int64_t first_copy) {
+  const Tensors params = dense_all(params_), directions = in_order(directions_, params, "directions"),
+                points = in_order(points_, params, "points");
+  STD_TORCH_CHECK(draws(move) || !directions.empty(), "qkernels: this move needs directions");
+  Plan plan = plan_of(coefficients, move, !points.empty(), seed, first_copy);
+  const int64_t count = int64_t(params.size()), copies = int64_t(plan.numbers.size());
+  STD_TORCH_CHECK(int64_t(out.size()) == count * copies, "qkernels: out must have one tensor per copy and parameter");
+  int64_t bytes = 0;
+  for (size_t i = 0; i < out.size(); ++i) {
+    const Tensor& w = params[int64_t(i) % count];
+    STD_TORCH_CHECK(out[i].scalar_type() == w.scalar_type() && out[i].numel() == w.numel() && is_dense(out[i]),
+                    "qkernels: out differs from params in dtype or size, or has gaps");
+    bytes += w.numel() * int64_t(w.element_size());
+  }
+  plan.streamed = bytes >= kStreamed;
+  const std::vector<Piece> pieces = pieces_of(params);
+  const int64_t weight = copies * (draws(move) ? 8 : 1);
+  torch::stable::parallel_for(0, int64_t(pieces.size()), grain_of(pieces, weight), [&](int64_t first, int64_t last) {
+    // Backwards: the norm that came before left the end of the directions in the cache.
+    for (int64_t i = last - 1; i >= first; --i) {
+      const auto [t, begin, end] = pieces[i];
+      const Task task{
+          params[t].const_data_ptr(), address(directions, t), address(points, t), &out[t], count, t, begin, end};
+      with_storage(params[t].scalar_type(), [&](auto storage) {
+        with_kind<kMoves>(move,
+                          [&](auto chosen) { perturb_piece<decltype(chosen)::value, decltype(storage)>(task, plan); });
+      });
+    }
+#if QK_VECTOR_PHILOX
+    _mm_sfence();
+#endif
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
+  m.impl("multi_norm", TORCH_BOX(&multi_norm_cpu));
+  m.impl("multi_dot", TORCH_BOX(&multi_dot_cpu));
+  m.impl("multi_perturb", TORCH_BOX(&multi_perturb_cpu));
+}
+
+}  // namespace qk

@@ -1,0 +1,4 @@
+"""Sharpness-aware optimizers around any torch optimizer."""
+
+from .sam import SAM
+from .saq import SAQ

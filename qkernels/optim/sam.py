@@ -1,0 +1,336 @@
+"""SAM, ASAM and their LookSAM form: perturb all weights by their gradient, take the gradient there, come back, step."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from .. import ops, quantizers
+from . import lists
+
+
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation around any torch optimizer.
+
+    e = rho g / ||g||, or rho T^2 g / ||T g|| with T = |w| + eta where ``adaptive`` (ASAM); the base optimizer steps
+    with g_s, the gradient at w + e. One norm over all parameters; a group's own ``rho`` scales its part.
+    With ``every`` = tau > 1 (LookSAM) g_s is computed in steps tau, 2 tau, ... only, as in SAQ's Algorithm 1; there
+    g_v = g_s - (g_s.g / g.g) g is kept, and between g_s = g + beta ||g|| g_v / ||g_v||, norms over everything. Before
+    step tau there is no g_v, and g_s = g. With ``vanilla_loss`` the base optimizer steps with g_s + g.
+
+        loss = optimizer.step(closure)          # closure: zero_grad, forward, backward, return the loss
+
+    or, in two passes of your own:
+
+        with optimizer.first_pass():
+            loss = criterion(model(x), y); loss.backward()
+        if optimizer.first_step():              # True: the weights are perturbed, gradients are None
+            criterion(model(x), y).backward()
+        optimizer.second_step(); optimizer.zero_grad()
+
+    Args:
+        model: the module whose forward the passes run; a DistributedDataParallel wrapper as it is.
+        base: the optimizer that steps; its param_groups are this optimizer's, each may have its own ``rho``.
+        rho: radius, >= 0; where every group has 0, this is the base optimizer to the bit and no second pass runs.
+        adaptive, eta: ASAM. every, beta: LookSAM's tau and beta. vanilla_loss: add g.
+        perturb_scales: also perturb the quantizers' own parameters (step sizes, clip levels).
+        sync_perturbation: under DDP, perturb by the mean gradient of all processes, instead of each by its own
+            (m-sharpness). Sharded parameters (FSDP2) have synchronised gradients always.
+        max_norm: clip the norm of the gradient the base optimizer steps with.
+
+    BatchNorm statistics are updated in the first pass only. GradScaler: scale the loss in the closure and give the
+    scaler to ``step`` or ``second_step``; e and g_v / ||g_v|| do not depend on the scale. Gradient accumulation: let
+    each pass run several backwards. The perturbed copy is the only extra memory (with every > 1 also g_v).
+
+    Raises: ValueError (rho < 0, every < 1, no closure), TypeError (a closure that returns None), RuntimeError (no
+    parameter has a gradient; steps out of order).
+    Source: Foret et al. 2021, eq. 2; Kwon et al. 2021, eq. 5; Liu et al. 2022 (LookSAM); SAQ, Algorithm 1.
+    """
+
+    def __init__(self, model, base, rho=0.05, *, adaptive=False, eta=0.01, every=1, beta=0.7, vanilla_loss=False,
+                 perturb_scales=False, sync_perturbation=False, max_norm=None):  # fmt: skip
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not isinstance(base, torch.optim.Optimizer):
+            raise TypeError(f"base must be a torch optimizer instance, got {base!r}")
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"every must be an int >= 1, got {every!r}")
+        for name, value in (("rho", rho), ("eta", eta), ("beta", beta)):
+            _check_size(name, value)
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be a number > 0 or None, got {max_norm!r}")
+        self.model, self.base = model, base
+        self.adaptive, self.eta, self.every, self.beta = adaptive, eta, every, beta
+        self.vanilla_loss, self.perturb_scales = vanilla_loss, perturb_scales
+        self.sync_perturbation, self.max_norm = sync_perturbation, max_norm
+        super().__init__(base.param_groups, {"rho": float(rho)})
+        self.param_groups = base.param_groups
+        for group in self.param_groups:
+            _check_size("rho", group["rho"])
+        owners = () if perturb_scales else (m for m in model.modules() if isinstance(m, quantizers.Quantizer))
+        self._scales = {id(p) for m in owners for p in m.parameters()}
+        self.steps = 0  # finished steps
+        self._undo = contextlib.ExitStack()  # what takes the perturbation back
+        self._stage, self._first, self._local_gradients = "first", None, False
+        self._copies, self._length = [], None
+
+    def add_param_group(self, group):
+        """As torch's; what the group leaves out comes from the base optimizer and from rho."""
+        for name, value in self.base.defaults.items():
+            group.setdefault(name, value)
+        super().add_param_group(group)
+
+    # --- the two passes ---
+
+    def step(self, closure=None, scaler=None):
+        """One step: ``closure`` clears gradients, runs forward and backward and returns the loss; called once or twice.
+
+        Returns: the loss of the first pass. scaler: a GradScaler whose scale the closure applied; its ``update`` is
+        yours to call.
+        """
+        if closure is None:
+            raise ValueError(
+                "step needs closure: it clears gradients, runs forward and backward, returns the loss"
+            )
+        try:
+            self._ready()
+            with self.first_pass():
+                loss = _evaluate(closure)
+            if self.first_step():
+                _evaluate(closure)
+            self.second_step(scaler)
+        finally:
+            self.restore()
+        return loss
+
+    @contextlib.contextmanager
+    def first_pass(self):
+        """Around the first forward and backward: keeps DDP's gradients local where m-sharpness needs them so."""
+        model, self._local_gradients = self.model, False
+        if (
+            self._due()
+            and not self.sync_perturbation
+            and isinstance(model, nn.parallel.DistributedDataParallel)
+        ):
+            self._local_gradients = True
+            with model.no_sync():
+                yield
+        else:
+            yield
+
+    @torch.no_grad()
+    def first_step(self):
+        """After the first backward: perturb, and clear the gradients, where this step has a second pass.
+
+        Returns: True if it has one. ``second_step`` follows either way.
+        """
+        if self._stage != "first":
+            raise RuntimeError("first_step was called twice: call second_step, or restore, in between")
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            raise RuntimeError(
+                "no parameter has a gradient: run backward before first_step, or in the closure"
+            )
+        if any(p.grad.is_sparse for p in params):
+            raise RuntimeError("sparse gradients are not supported: make the embedding dense (sparse=False)")
+        self._stage, due = "second", self._due()
+        self._first = [(p, p.grad) for p in params]
+        if due:
+            try:
+                self._freeze_statistics()
+                self._perturb()
+            except BaseException:
+                self.restore()
+                raise
+            views = getattr(self.model, "gradient_as_bucket_view", False)
+            if views and (self.vanilla_loss or self.every > 1):
+                self._first = [(p, g.clone()) for p, g in self._first]
+            for p in params:
+                p.grad = None
+        return due
+
+    @torch.no_grad()
+    def second_step(self, scaler=None):
+        """Take the perturbation back, make the objective's gradient, let the base optimizer (or scaler) step."""
+        if self._stage != "second":
+            raise RuntimeError("second_step needs first_step before it")
+        due, first = self._due(), self._first
+        self.restore()
+        if due:
+            self._after_second_pass(first)
+        elif self._active():
+            self._between(first)
+        if self.max_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(self.base)
+            nn.utils.clip_grad_norm_(
+                [p for group in self.param_groups for p in group["params"]], self.max_norm
+            )
+        if scaler is None:
+            self.base.step()
+        else:
+            scaler.step(self.base)
+        self.steps += 1
+        self._ready()
+
+    def restore(self):
+        """Take the perturbation back, if there is one; the step counts as not begun."""
+        self._undo.close()
+        self._stage, self._first = "first", None
+        self._ready()
+
+    def _ready(self):
+        """A first pass may begin."""
+
+    def _active(self):
+        return any(group["rho"] > 0 for group in self.param_groups)
+
+    def _due(self):
+        return (self.steps + 1) % self.every == 0 and self._active()
+
+    # --- perturbation ---
+
+    def _perturb(self):
+        """Put w + e in place of every w that is perturbed."""
+        members = self._members()
+        self._ascend(members, lists.norm(*self._normed(members)))
+
+    def _members(self, without=()):
+        """(parameter, gradient, rho) of what is perturbed directly; ``without``: ids of parameters left out."""
+        left_out = self._scales.union(without)
+        return [
+            (p, p.grad, group["rho"])
+            for group in self.param_groups
+            if group["rho"] > 0
+            for p in group["params"]
+            if p.grad is not None and id(p) not in left_out
+        ]  # fmt: skip
+
+    def _normed(self, members):
+        """Arguments of ``lists.norm``: gradients, and for ASAM weights and eta."""
+        gradients = [g for _, g, _ in members]
+        return (gradients, [p for p, _, _ in members], self.eta) if self.adaptive else (gradients,)
+
+    def _ascend(self, members, norm):
+        """Write w + e into the copies, one call for each value of rho, and exchange them for the weights."""
+        sizes = sorted({rho for _, _, rho in members})
+        former, self._copies = self._copies + [[]] * len(sizes), []
+        for i, rho in enumerate(sizes):
+            params = [p for p, _, r in members if r == rho]
+            weights = [lists.local(p) for p in params]
+            gradients = [lists.local(g) for _, g, r in members if r == rho]
+            copies = former[i] if _fit(former[i], weights) else ops.empty_copies(weights)
+            self._copies.append(copies)
+            table = lists.ratio(rho, norm)
+            if self.adaptive:
+                table = nn.functional.pad(table, (0, 1), value=self.eta)
+            ops.multi_perturb(copies, weights, ops.ADAPTIVE if self.adaptive else ops.ALONG, table, gradients)
+            self._exchange(params, weights, copies)
+
+    def _exchange(self, params, weights, copies):
+        """Weights and copies change places until ``restore``; no number is rounded."""
+        whole = [(p, c) for p, w, c in zip(params, weights, copies) if w is p]
+        self._undo.callback(_point, [(p, p.data) for p, _ in whole])
+        _point(whole)
+        for p, w, c in zip(params, weights, copies):
+            if w is not p:
+                # A shard is read through other views of its memory, so there the contents change.
+                self._undo.callback(w.copy_, w.clone())
+                w.copy_(c)
+
+    def _freeze_statistics(self):
+        for m in self.model.modules():
+            if isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats:
+                self._undo.callback(setattr, m, "track_running_stats", True)
+                m.track_running_stats = False
+
+    # --- gradients ---
+
+    def _after_second_pass(self, first):
+        """From g and p.grad = g_s to the gradient of the objective; keeps g_v."""
+        if not self.vanilla_loss and self.every == 1:
+            return
+        pairs = [(p, p.grad if p.grad is not None else torch.zeros_like(g), g) for p, g in first]
+        perturbed, vanilla = [s for _, s, _ in pairs], [g for _, _, g in pairs]
+        if self._local_gradients:
+            lists.mean_(vanilla, self.model.process_group)
+        if self.every > 1:
+            along, _, square = lists.dot(perturbed, vanilla).split(1)
+            for p, s, _ in pairs:
+                if "direction" not in self.state[p]:
+                    self.state[p]["direction"] = torch.empty_like(s)
+            kept = [lists.local(self.state[p]["direction"]) for p, _, _ in pairs]
+            ops.multi_perturb(kept, list(map(lists.local, perturbed)), ops.ALONG, lists.ratio(-along, square),
+                              list(map(lists.local, vanilla)))  # fmt: skip
+            self._length = None
+        for p, s, _ in pairs:
+            p.grad = s
+        if self.vanilla_loss:
+            lists.combine_(
+                perturbed, vanilla, torch.ones(1, 1, dtype=torch.float64, device=vanilla[0].device)
+            )
+
+    def _between(self, first):
+        """In a step without second pass: g + beta ||g|| g_v / ||g_v||, and g again for the vanilla loss."""
+        kept = [(g, self.state[p]["direction"]) for p, g in first if "direction" in self.state[p]]
+        if kept:
+            gradients, directions = [g for g, _ in kept], [d for _, d in kept]
+            if self._length is None:
+                self._length = lists.norm(directions)
+            size = self.beta * lists.norm([g for _, g in first])
+            lists.combine_(gradients, directions, lists.ratio(size, self._length), again=self.vanilla_loss)
+        if self.vanilla_loss:
+            for p, g in first:
+                if "direction" not in self.state[p]:
+                    g.mul_(2)
+
+    # --- state ---
+
+    def zero_grad(self, set_to_none=True):
+        """The base optimizer's."""
+        self.base.zero_grad(set_to_none)
+        self._ready()
+
+    def state_dict(self):
+        """torch's, with g_v of LookSAM, the base optimizer's state and the number of steps: resuming is bit-exact."""
+        return {**super().state_dict(), "base": self.base.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict):
+        """Load what ``state_dict`` returned. ValueError for another optimizer's."""
+        missing = {"base", "steps", "state", "param_groups"} - set(state_dict)
+        if missing:
+            raise ValueError(
+                f"state_dict is not one of {type(self).__name__}: it lacks {', '.join(sorted(missing))}"
+            )
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+        self.base.load_state_dict(state_dict["base"])
+        self.param_groups = self.base.param_groups
+        self.steps, self._length = int(state_dict["steps"]), None
+        self.restore()
+
+
+def _fit(copies, weights):
+    """Whether the copies of the step before serve these weights."""
+    return len(copies) == len(weights) and all(
+        c.shape == w.shape and c.stride() == w.stride() and c.dtype == w.dtype and c.device == w.device
+        for c, w in zip(copies, weights)
+    )
+
+
+def _point(pairs):
+    for p, data in pairs:
+        p.data = data
+
+
+def _evaluate(closure):
+    with torch.enable_grad():
+        loss = closure()
+    if loss is None:
+        raise TypeError("closure must return the loss, got None")
+    return loss
+
+
+def _check_size(name, value):
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
