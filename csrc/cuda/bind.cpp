@@ -1,0 +1,204 @@
+// The CUDA ops as torch sees them: checks, outputs from torch's allocator, the caller's device and stream.
+// The declarations of the CUDA shims stand behind this name in torch's headers.
+#define USE_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/launch.h"
+#include "glue.h"
+
+namespace qk {
+namespace {
+
+Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "qkernels: x must be float32, bfloat16, float16 or float64");
+  }
+}
+
+// Makes x's device the current one; the other tensors have to be there too.
+struct Device {
+  int32_t index;
+  torch::stable::accelerator::DeviceGuard guard;
+
+  explicit Device(const Tensor& x) : index(x.get_device_index()), guard(index) {}
+  const Device& check(const MaybeTensor& t, const char* name) const {
+    STD_TORCH_CHECK(!t || (t->is_cuda() && t->get_device_index() == index), "qkernels: ", name,
+                    " must be on cuda:", index, " as x is");
+    return *this;
+  }
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+};
+
+struct RowTensors {
+  Tensor scale;
+  MaybeTensor offset, zero_point;
+  Numbers numbers;
+
+  RowTensors(const Device& device, ScalarType type, const Tensor& scale_, const MaybeTensor& offset_,
+             const MaybeTensor& zero_point_, int64_t quant_min, int64_t quant_max)
+      : scale(row_values(scale_, compute_type(type), scale_.numel(), "scale")) {
+    device.check(scale_, "scale").check(offset_, "offset").check(zero_point_, "zero_point");
+    if (offset_) offset = row_values(*offset_, scale.scalar_type(), scale.numel(), "offset");
+    if (zero_point_) zero_point = row_values(*zero_point_, ScalarType::Int, scale.numel(), "zero_point");
+    numbers = {scale.const_data_ptr(), offset ? offset->const_data_ptr() : nullptr,
+               zero_point ? static_cast<const int32_t*>(zero_point->const_data_ptr()) : nullptr, quant_min, quant_max};
+  }
+};
+
+// The noise of this call. Seed and shift_scale stay on the device, so that a captured graph draws anew at each replay.
+struct NoiseTensors {
+  MaybeTensor seed, shift, shift_scale;
+  NoiseSource source;
+
+  NoiseTensors(const Device& device, int64_t kind, double a, double b, const MaybeTensor& seed_, int64_t stream,
+               const MaybeTensor& shift_, const MaybeTensor& shift_scale_, const Tensor& x)
+      : source{kind, float(a), float(b), nullptr, uint64_t(stream), nullptr, nullptr} {
+    STD_TORCH_CHECK(kind >= kPlain && kind <= kShift, "qkernels: unknown noise kind ", kind);
+    if (kind == kPlain) return;
+    if (kind == kShift) {
+      STD_TORCH_CHECK(shift_ && shift_scale_, "qkernels: a shift needs shift and shift_scale");
+      STD_TORCH_CHECK(shift_->scalar_type() == x.scalar_type(), "qkernels: shift and x differ in dtype");
+      device.check(shift_, "shift").check(shift_scale_, "shift_scale");
+      shift = aligned(*shift_, x);
+      shift_scale = row_values(*shift_scale_, ScalarType::Float, 1, "shift_scale");
+      source.shift = shift->const_data_ptr();
+      source.shift_scale = static_cast<const float*>(shift_scale->const_data_ptr());
+      return;
+    }
+    STD_TORCH_CHECK(seed_, "qkernels: noise needs a seed");
+    device.check(seed_, "seed");
+    seed = row_values(*seed_, ScalarType::Long, 1, "seed");
+    source.seed = static_cast<const int64_t*>(seed->const_data_ptr());
+  }
+};
+
+Tensor fake_quantize_cuda(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset,
+                          const MaybeTensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max,
+                          int64_t noise, double a, double b, const MaybeTensor& seed, int64_t stream,
+                          const MaybeTensor& shift, const MaybeTensor& shift_scale) {
+  const Device device(x_);
+  const Tensor x = ordered(x_, scale, axis);
+  const Dtype type = dtype_of(x.scalar_type());
+  const Walk walk(x.numel(), layout_of(x, scale, axis));
+  const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
+  const NoiseTensors drawn(device, noise, a, b, seed, stream, shift, shift_scale, x);
+  Tensor y = torch::stable::empty_like(x);
+  STD_CUDA_CHECK(launch_fake_quantize(walk, type, x.const_data_ptr(), y.mutable_data_ptr(), rows.numbers, drawn.source,
+                                      device.stream()));
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(const Tensor& grad_, const Tensor& x_,
+                                                               const Tensor& scale, const MaybeTensor& offset,
+                                                               const MaybeTensor& zero_point, int64_t axis,
+                                                               int64_t quant_min, int64_t quant_max, double grad_scale,
+                                                               bool clip_only, double ewgs, int64_t noise, double a,
+                                                               double b, const MaybeTensor& seed, int64_t stream) {
+  const Device device(x_);
+  device.check(grad_, "grad");
+  const Tensor x = ordered(x_, scale, axis), grad = aligned(grad_, x);
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "qkernels: grad and x differ in dtype");
+  const Dtype dtype = dtype_of(x.scalar_type());
+  const ScalarType type = compute_type(x.scalar_type());
+  const Walk walk(x.numel(), layout_of(x, scale, axis));
+  const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
+  // Noise that is added to the output leaves the gradient alone.
+  const bool added = noise == kTempering || noise == kAfter || noise == kShift;
+  const NoiseTensors drawn(device, added ? int64_t(kPlain) : noise, a, b, seed, stream, {}, {}, x);
+  const int64_t count = scale.numel(), offsets = offset ? count : 0, partials = sums_of(walk) * (offset ? 2 : 1);
+  Tensor dx = torch::stable::empty_like(x);
+  Tensor dscale = torch::stable::new_empty(x, {count}, type), doffset = torch::stable::new_empty(x, {offsets}, type);
+  Tensor partial = torch::stable::new_empty(x, {partials}, type);
+  STD_CUDA_CHECK(launch_fake_quantize_backward(
+      walk, dtype, grad.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), rows.numbers, drawn.source,
+      {grad_scale, ewgs, clip_only},
+      {dscale.mutable_data_ptr(), doffset.mutable_data_ptr(), partial.mutable_data_ptr()}, device.stream()));
+  return {dx, dscale, doffset};
+}
+
+Tensor quantize_cuda(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
+                     int64_t axis, int64_t quant_min, int64_t quant_max) {
+  const Device device(x_);
+  const Tensor x = ordered(x_, scale, axis);
+  const Dtype type = dtype_of(x.scalar_type());
+  const Walk walk(x.numel(), layout_of(x, scale, axis));
+  const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
+  Tensor q = empty_like_as(x, quant_max > 127 ? ScalarType::Byte : ScalarType::Char);
+  STD_CUDA_CHECK(launch_quantize(walk, type, x.const_data_ptr(), static_cast<uint8_t*>(q.mutable_data_ptr()),
+                                 rows.numbers, device.stream()));
+  return q;
+}
+
+const uint8_t* bytes_of(const Tensor& q) {
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Byte || q.scalar_type() == ScalarType::Char,
+                  "qkernels: q must be int8 or uint8");
+  return static_cast<const uint8_t*>(q.const_data_ptr());
+}
+
+Tensor dequantize_cuda(const Tensor& q_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
+                       int64_t axis, ScalarType dtype) {
+  const Device device(q_);
+  const Tensor q = ordered(q_, scale, axis);
+  const uint8_t* in = bytes_of(q);
+  const Dtype type = dtype_of(dtype);
+  const Walk walk(q.numel(), layout_of(q, scale, axis));
+  const RowTensors rows(device, dtype, scale, offset, zero_point, 0, 0);
+  Tensor y = empty_like_as(q, dtype);
+  STD_CUDA_CHECK(launch_dequantize(walk, type, in, q.scalar_type() == ScalarType::Char, y.mutable_data_ptr(),
+                                   rows.numbers, device.stream()));
+  return y;
+}
+
+int64_t fields_per_byte(int64_t bits) {
+  STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 4 || bits == 8, "qkernels: bits must be 1, 2, 4 or 8, got ", bits);
+  return 8 / bits;
+}
+
+Tensor pack_cuda(const Tensor& q_, int64_t bits) {
+  const Device device(q_);
+  const Tensor q = torch::stable::contiguous(q_);
+  const uint8_t* in = bytes_of(q);
+  const int64_t per_byte = fields_per_byte(bits);
+  Tensor p = torch::stable::new_empty(q, {(q.numel() + per_byte - 1) / per_byte}, ScalarType::Byte);
+  STD_CUDA_CHECK(launch_pack(in, q.numel(), int(bits), static_cast<uint8_t*>(p.mutable_data_ptr()), device.stream()));
+  return p;
+}
+
+Tensor unpack_cuda(const Tensor& p_, int64_t bits, int64_t numel, bool is_signed) {
+  const Device device(p_);
+  const Tensor p = torch::stable::contiguous(p_);
+  const uint8_t* in = bytes_of(p);
+  STD_TORCH_CHECK(p.numel() * fields_per_byte(bits) >= numel, "qkernels: p is too short");
+  Tensor q = torch::stable::new_empty(p, {numel}, is_signed ? ScalarType::Char : ScalarType::Byte);
+  STD_CUDA_CHECK(
+      launch_unpack(in, numel, int(bits), is_signed, static_cast<uint8_t*>(q.mutable_data_ptr()), device.stream()));
+  return q;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_cuda));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_cuda));
+  m.impl("quantize", TORCH_BOX(&quantize_cuda));
+  m.impl("dequantize", TORCH_BOX(&dequantize_cuda));
+  m.impl("pack", TORCH_BOX(&pack_cuda));
+  m.impl("unpack", TORCH_BOX(&unpack_cuda));
+}
+
+}  // namespace qk
