@@ -54,7 +54,8 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-_TRITON_OPS = {"fake_quantize", "fake_quantize_backward", "quantize", "dequantize", "pack", "unpack"}
+_TRITON_OPS = {"fake_quantize", "fake_quantize_backward", "quantize", "dequantize", "pack", "unpack",
+               "standardized_distance", "standardized_distance_backward"}  # fmt: skip
 
 
 def _triton(name: str):

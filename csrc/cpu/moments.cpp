@@ -1,14 +1,14 @@
 // The standardised distance on the CPU: one pass over student and teacher for the five sums of each channel, one
 // pass for the gradient. Sums are in double, where products of float32 are exact.
-#include "cpu/arguments.h"
 #include "math/moments.h"
+#include "cpu/arguments.h"
 
 namespace qk {
 namespace {
 
-constexpr int64_t kWidth = 8;     // doubles side by side
-constexpr int64_t kColumns = 256; // columns whose sums stay in the first cache
-constexpr int64_t kDepth = 8;     // rows of columns added between two visits of those sums
+constexpr int64_t kWidth = 8;      // doubles side by side
+constexpr int64_t kColumns = 256;  // columns whose sums stay in the first cache
+constexpr int64_t kDepth = 8;      // rows of columns added between two visits of those sums
 
 typedef double Vec __attribute__((vector_size(kWidth * sizeof(double))));
 

@@ -1,0 +1,106 @@
+// The standardised distance as torch sees it on CUDA: checks, outputs from torch's allocator, device and stream.
+// The declarations of the CUDA shims stand behind this name in torch's headers.
+#define USE_CUDA
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/moments.h"
+#include "glue.h"
+
+namespace qk {
+namespace {
+
+// Student and teacher in one memory order on the current device.
+struct Pair {
+  int32_t device;
+  torch::stable::accelerator::DeviceGuard guard;
+  Tensor student, teacher;
+  Walk walk;
+
+  Pair(const Tensor& student_, const Tensor& teacher_, int64_t axis)
+      : device(student_.get_device_index()),
+        guard(device),
+        student(dense(student_)),
+        teacher(ordered(teacher_)),
+        walk(student.numel(), layout(axis)) {}
+
+  Dtype type() const {
+    switch (student.scalar_type()) {
+      case ScalarType::Float:
+        return Dtype::kFloat32;
+      case ScalarType::BFloat16:
+        return Dtype::kBFloat16;
+      case ScalarType::Half:
+        return Dtype::kFloat16;
+      case ScalarType::Double:
+        return Dtype::kFloat64;
+      default:
+        STD_TORCH_CHECK(false, "qkernels: student must be float32, bfloat16, float16 or float64");
+    }
+  }
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+  void check(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "qkernels: ", name, " must be on cuda:", device,
+                    " as student is");
+  }
+
+ private:
+  Tensor ordered(const Tensor& t) const {
+    check(t, "teacher");
+    STD_TORCH_CHECK(t.scalar_type() == student.scalar_type(), "qkernels: student and teacher differ in dtype");
+    return aligned(t, student);
+  }
+  Layout layout(int64_t axis) const {
+    STD_TORCH_CHECK(axis >= 0 && axis < student.dim(), "qkernels: axis is out of range");
+    STD_TORCH_CHECK(student.numel() > 0, "qkernels: student is empty");
+    const int64_t rows = student.size(axis);
+    return {rows, rows == 1 ? student.numel() : student.stride(axis)};
+  }
+};
+
+std::tuple<Tensor, Tensor> standardized_distance_cuda(const Tensor& student, const Tensor& teacher, int64_t axis,
+                                                      double eps, bool mean) {
+  const Pair pair(student, teacher, axis);
+  const Walk& walk = pair.walk;
+  Tensor distance = torch::stable::new_empty(pair.student, {walk.rows}, compute_type(student.scalar_type()));
+  Tensor moments = torch::stable::new_empty(pair.student, {5, walk.rows}, ScalarType::Double);
+  Tensor partial = torch::stable::new_empty(pair.student, {5 * walk.partials()}, ScalarType::Double);
+  STD_CUDA_CHECK(launch_standardized_distance(
+      walk, pair.type(), pair.student.const_data_ptr(), pair.teacher.const_data_ptr(), {eps, mean},
+      static_cast<double*>(partial.mutable_data_ptr()), distance.mutable_data_ptr(),
+      static_cast<double*>(moments.mutable_data_ptr()), pair.stream()));
+  return {distance, moments};
+}
+
+Tensor standardized_distance_backward_cuda(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                                           const Tensor& moments_, int64_t axis, double eps, bool mean) {
+  const Pair pair(student, teacher, axis);
+  const Walk& walk = pair.walk;
+  pair.check(grad, "grad");
+  pair.check(moments_, "moments");
+  const ScalarType type = compute_type(student.scalar_type());
+  STD_TORCH_CHECK(grad.dim() == 1 && grad.numel() == walk.rows && grad.scalar_type() == type,
+                  "qkernels: grad has the wrong dtype or length");
+  const Tensor moments = row_values(moments_, ScalarType::Double, 5 * walk.rows, "moments");
+  Tensor slopes = torch::stable::new_empty(pair.student, {5 * walk.rows}, type);
+  Tensor ds = torch::stable::empty_like(pair.student);
+  STD_CUDA_CHECK(launch_standardized_distance_backward(
+      walk, pair.type(), grad.const_data_ptr(), grad.stride(0), pair.student.const_data_ptr(),
+      pair.teacher.const_data_ptr(), static_cast<const double*>(moments.const_data_ptr()), {eps, mean},
+      slopes.mutable_data_ptr(), ds.mutable_data_ptr(), pair.stream()));
+  return ds;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qkernels, CUDA, m) {
+  m.impl("standardized_distance", TORCH_BOX(&standardized_distance_cuda));
+  m.impl("standardized_distance_backward", TORCH_BOX(&standardized_distance_backward_cuda));
+}
+
+}  // namespace qk
