@@ -25,15 +25,23 @@ template <class F>
 auto with_kind(int64_t kind, F f) {
   using namespace qk;
   switch (kind) {
-    case kPlain: return f(std::integral_constant<int64_t, kPlain>());
-    case kTempering: return f(std::integral_constant<int64_t, kTempering>());
-    case kAfter: return f(std::integral_constant<int64_t, kAfter>());
-    case kBefore: return f(std::integral_constant<int64_t, kBefore>());
+    case kPlain:
+      return f(std::integral_constant<int64_t, kPlain>());
+    case kTempering:
+      return f(std::integral_constant<int64_t, kTempering>());
+    case kAfter:
+      return f(std::integral_constant<int64_t, kAfter>());
+    case kBefore:
+      return f(std::integral_constant<int64_t, kBefore>());
     case kPseudo:
-    case kPseudoNormal: return f(std::integral_constant<int64_t, kPseudo>());
-    case kStochastic: return f(std::integral_constant<int64_t, kStochastic>());
-    case kShift: return f(std::integral_constant<int64_t, kShift>());
-    default: throw py::value_error("noise must be a kind from 0 to 7, got " + std::to_string(kind));
+    case kPseudoNormal:
+      return f(std::integral_constant<int64_t, kPseudo>());
+    case kStochastic:
+      return f(std::integral_constant<int64_t, kStochastic>());
+    case kShift:
+      return f(std::integral_constant<int64_t, kShift>());
+    default:
+      throw py::value_error("noise must be a kind from 0 to 7, got " + std::to_string(kind));
   }
 }
 
@@ -82,7 +90,8 @@ void define_quantizer(py::module_ m) {
                               term([](qk::Gradient<T> t, T) { return t.doffset; }));
       },
       "grad"_a, "x"_a, "scale"_a, "quant_min"_a, "quant_max"_a, "offset"_a = zero, "zero_point"_a = 0, "noise"_a = 0,
-      "n"_a = zero, "clip_only"_a = false, "ewgs"_a = zero, "(dx, dscale, doffset) of each element, before the row's sum.");
+      "n"_a = zero, "clip_only"_a = false, "ewgs"_a = zero,
+      "(dx, dscale, doffset) of each element, before the row's sum.");
   m.def("quantize", py::vectorize(quantize<T>), "x"_a, "scale"_a, "quant_min"_a, "quant_max"_a, "offset"_a = zero,
         "zero_point"_a = 0, "int32 level of each element.");
   m.def("dequantize", py::vectorize(dequantize<T>), "q"_a, "scale"_a, "offset"_a = zero, "zero_point"_a = 0,
@@ -142,13 +151,13 @@ PYBIND11_MODULE(_elements, m) {
   define_quantizer<float>(m.def_submodule("float32"));
   define_quantizer<double>(m.def_submodule("float64"));
 
-  m.def(
-      "row_of", py::vectorize([](int64_t i, int64_t rows, int64_t inner) { return qk::row_of(i, {rows, inner}); }),
-      "i"_a, "rows"_a, "inner"_a, "The row of element i.");
+  m.def("row_of", py::vectorize([](int64_t i, int64_t rows, int64_t inner) { return qk::row_of(i, {rows, inner}); }),
+        "i"_a, "rows"_a, "inner"_a, "The row of element i.");
   m.def(
       "words",
       [](int64_t seed, int64_t stream, int64_t count, int64_t first) {
-        return draw<uint32_t>(seed, stream, count, first, [](qk::Words w, uint32_t* to) { std::copy(w.w, w.w + 4, to); });
+        return draw<uint32_t>(seed, stream, count, first,
+                              [](qk::Words w, uint32_t* to) { std::copy(w.w, w.w + 4, to); });
       },
       "seed"_a, "stream"_a, "count"_a, "first"_a = 0, "Philox4x32-10 words of elements first .. first + count - 1.");
   m.def(
@@ -167,16 +176,14 @@ PYBIND11_MODULE(_elements, m) {
         });
       },
       "seed"_a, "stream"_a, "count"_a, "first"_a = 0, "Standard normal.");
-  m.def(
-      "philox", py::vectorize([](int64_t seed, int64_t stream, int64_t counter, int word) {
-        return words_of(seed, stream, counter).w[word & 3];
-      }),
-      "seed"_a, "stream"_a, "counter"_a, "word"_a, "One of the four words of a counter.");
-  m.def(
-      "switched_on", py::vectorize([](int64_t seed, int64_t stream, float p) {
-        return qk::switched_on(uint64_t(seed), uint64_t(stream), p);
-      }),
-      "seed"_a, "stream"_a, "p"_a, "True with probability p.");
+  m.def("philox", py::vectorize([](int64_t seed, int64_t stream, int64_t counter, int word) {
+          return words_of(seed, stream, counter).w[word & 3];
+        }),
+        "seed"_a, "stream"_a, "counter"_a, "word"_a, "One of the four words of a counter.");
+  m.def("switched_on", py::vectorize([](int64_t seed, int64_t stream, float p) {
+          return qk::switched_on(uint64_t(seed), uint64_t(stream), p);
+        }),
+        "seed"_a, "stream"_a, "p"_a, "True with probability p.");
   m.def("tempering", py::vectorize(qk::tempering), "d"_a, "c"_a, "k"_a, "c * exp(-k d) * sqrt(d).");
   m.def("pack", &pack, "q"_a, "bits"_a, "Bytes of 8 / bits levels, the first in the lowest bits.");
   m.def("unpack", &unpack, "p"_a, "bits"_a, "numel"_a, "signed"_a = true, "The levels of pack's bytes.");

@@ -22,9 +22,10 @@ MEMORIES = ("contiguous", "channels_last", "transposed", "expanded", "strided", 
 GROUP = 8
 SHAPE = (4, 5, 7, 24)
 # Nothing at all, single elements, tails, several blocks of every walk over the memory.
-EDGES = {(): ("tensor",), (1,): ("tensor", "axis0"), (0,): ("tensor",), (257,): ("axis0", "token"), (0, 3): ("tensor", "axis1"), (3, 1): ("axis0",),
-         (70001,): ("tensor",), (2, 33000): ("token",), (3, 2, 37, 41): ("axis1",), (61, 1033): ("axis0", "axis1"),
-         (9000, 3): ("axis0", "axis1"), (40, 41, 3): ("axis1", "token"), (5, 4096): ("group",)}  # fmt: skip
+EDGES = {(): ("tensor",), (1,): ("tensor", "axis0"), (0,): ("tensor",), (257,): ("axis0", "token"),
+         (0, 3): ("tensor", "axis1"), (3, 1): ("axis0",), (70001,): ("tensor",), (2, 33000): ("token",),
+         (3, 2, 37, 41): ("axis1",), (61, 1033): ("axis0", "axis1"), (9000, 3): ("axis0", "axis1"),
+         (40, 41, 3): ("axis1", "token"), (5, 4096): ("group",)}  # fmt: skip
 # The shapes benchmarks time, with their granularities.
 TIMED = {
     "activation": {(64, 64, 28, 28): ("tensor",), (64, 64, 56, 56): ("tensor", "axis1")},

@@ -1,4 +1,4 @@
-"""What all tests share: one thread unless a test asks for more, fixed seeds, a count of what this machine cannot run."""
+"""What all tests share: one thread unless a test asks for more, fixed seeds, a count of what cannot run."""
 
 import pytest
 import torch

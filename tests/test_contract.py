@@ -329,15 +329,15 @@ def test_saved_for_backward_is_x_alone(backend):
     x = torch.randn(64, 32).to(memory_format=torch.contiguous_format).requires_grad_()
     scale, offset = torch.full((64,), 0.25, requires_grad=True), torch.zeros(64, requires_grad=True)
     seed, shift = torch.tensor([7]), torch.randn(64, 32)
-    for extra in ({}, {"noise": qk.noise.Tempering(), "seed": seed}, {"noise": qk.noise.StochasticRounding(), "seed": seed},
-                  {"noise": qk.noise.Pseudo(), "seed": seed}, {"ewgs": 0.1},
-                  {"shift": shift, "shift_scale": torch.ones(1)}):  # fmt: skip
-        saved = {}
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t,
-            lambda t: t,
-        ):
+    noises = [
+        {"noise": n, "seed": seed}
+        for n in (qk.noise.Tempering(), qk.noise.StochasticRounding(), qk.noise.Pseudo())
+    ]
+    for extra in ({}, *noises, {"ewgs": 0.1}, {"shift": shift, "shift_scale": torch.ones(1)}):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             qk.fake_quantize(x, scale, bits=4, axis=0, offset=offset, **extra)
+        saved = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
         small = sum(t.untyped_storage().nbytes() for t in (scale, offset, seed))
         assert x.data_ptr() in saved and shift.data_ptr() not in saved
         assert x.nbytes <= sum(saved.values()) <= x.nbytes + small, (extra, saved)

@@ -43,7 +43,7 @@ GRID = [
     ((X, S), {"bits": 4, "zero_point": torch.tensor([0.5])}, TypeError, ["zero_point", "float32", "integer"]),
     ((X, S.to("meta")), {"bits": 4}, ValueError, ["scale", "meta", "cpu"]),
     ((X, S), {"bits": 4, "offset": torch.zeros(1, device="meta")}, ValueError, ["offset", "meta", "cpu"]),
-    ((X, S), {"bits": 4, "zero_point": torch.zeros(1, dtype=torch.int32, device="meta")}, ValueError, ["zero_point", "meta", "cpu"]),
+    ((X, S), {"bits": 4, "zero_point": SEED.to("meta")}, ValueError, ["zero_point", "meta", "cpu"]),
     ((X, S), {"bits": 4, "zero_point": 1.5}, TypeError, ["zero_point", "1.5", "int"]),
     ((X, S), {"bits": 4, "offset": 0.5}, TypeError, ["offset", "0.5", "tensor"]),
     ((X, S), {"bits": 4, "offset": torch.tensor([1])}, TypeError, ["offset", "int64", "floating"]),

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qkernels import testing
 
@@ -33,6 +35,27 @@ def test_parity(case, backend, device, poisoned):
     testing.compare(case, args, got, testing.backends(case.op)["reference"](*args))
     assert same_bits(kept, tensors(args)), "an input was written"
     assert same_bits(run(*args), got), "a second call gave other bits"
+
+
+@st.composite
+def drawn_cases(draw):
+    op = testing.OPS[draw(st.sampled_from(sorted(testing.OPS)))]
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=2, max_size=4)))
+    granularity = draw(st.sampled_from(op.granularities))
+    if granularity == "group":
+        shape = (*shape[:-1], testing.GROUP * shape[-1])
+    dtype, memory, option = (draw(st.sampled_from(t)) for t in (op.dtypes, op.memories, op.options))
+    return testing.Case(op.name, shape, dtype, granularity, memory, option)
+
+
+@given(drawn_cases())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_parity_of_drawn_cases(case):
+    args = case.args()
+    backends = testing.backends(case.op)
+    want = backends["reference"](*args)
+    for run in backends.values():
+        testing.compare(case, args, run(*args), want)
 
 
 LARGE = [(1 << 18,), (3, 100_003), (700, 331), (40_000, 6)]

@@ -57,7 +57,7 @@ def test_words_and_uniforms_follow_the_formula(seed, stream):
 
 @pytest.mark.parametrize("seed, stream", SEEDS)
 def test_normals_follow_the_formula(seed, stream):
-    """Box-Muller evaluated in float64 on the same words; the float32 polynomials are within a few ulps of the radius."""
+    """Box-Muller in float64 on the same words; the float32 polynomials are within a few ulps of the radius."""
     for first, count in ((0, 40003), (2, 5), (3, 1)):
         got = random.normal(tensor(seed), stream, count, first).numpy()
         assert np.abs(got - oracle.normal(seed, stream, count, first)).max() < 1.5e-6

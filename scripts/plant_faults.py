@@ -1,0 +1,123 @@
+"""Shows that the tests see faults: plants one at a time in csrc/math of a copy, rebuilds it, runs the tests there.
+
+python scripts/plant_faults.py [name ...]        exit status 1 if a fault is not caught
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("csrc", "qkernels", "_backend", "tests", "pyproject.toml", "setup.py")
+TESTS = ("tests/test_parity.py", "tests/test_layout.py", "tests/test_contract.py", "tests/test_random.py")
+# Optimisation and the clones per instruction set change no value, only the time a rebuild takes.
+BUILD = """
+import sys; sys.path.insert(0, "_backend")
+import native
+native.CXX_FLAGS[:] = ["-O1" if flag == "-O3" else flag for flag in native.CXX_FLAGS] + ["-DQK_NO_CLONES"]
+native.build(native.ROOT / "qkernels")
+"""
+
+
+class Fault(NamedTuple):
+    name: str
+    header: str
+    old: str
+    new: str
+
+
+FAULTS = (
+    Fault("half-up rounding", "quantize.h", "return rintf(v);", "return floorf(v + 0.5f);"),
+    Fault("rounding after the zero point", "quantize.h",
+          "const T q = level<kPlain>(position<kPlain>(x, grid, T(0)), grid, T(0));",
+          "const T v = position<kPlain>(x, grid, T(0)), z = T(zero_point);"
+          "const T q = clip(round_even(v + z) - z, grid.lo, grid.hi);"),
+    Fault("clip edges outside", "quantize.h", "v < grid.lo || v > grid.hi", "v <= grid.lo || v >= grid.hi"),
+    Fault("scale gradient of the wrong sign", "quantize.h", "n : q - v;", "n : v - q;"),
+    Fault("swapped bounds", "quantize.h", "v = v < lo ? lo : v;", "v = v < lo ? hi : v;"),
+    Fault("sign of the scale ignored", "quantize.h", "return scale < T(0) ? T(-1) : T(1);", "return T(1);"),
+    Fault("infinite scale accepted", "quantize.h", "if (!(s < T(INFINITY))) return T(NAN);", ""),
+    Fault("tiny scale not floored", "quantize.h", "s < T(0x1p-126) ? T(0x1p-126) : s", "s"),
+    Fault("wrong row", "layout.h", "(i / layout.inner) % layout.rows", "i % layout.rows"),
+    Fault("uniform off by half a step", "noise.h", "return float(int32_t(word >> 8)) *",
+          "return (float(int32_t(word >> 8)) + 0.5f) *"),
+    Fault("nine rounds of Philox", "noise.h", "round < 10", "round < 9"),
+    Fault("sine and cosine exchanged", "noise.h", "return {r * turn.second, r * turn.first};",
+          "return {r * turn.first, r * turn.second};"),
+    Fault("tempering without its root", "noise.h", "sqrtf(near ? d : 0.0f)", "(near ? d : 0.0f)"),
+    Fault("no sign extension", "pack.h", "is_signed && (field >> (bits - 1)) ? field | ~mask : field", "field"),
+)  # fmt: skip
+
+
+def run(command, folder, **environment):
+    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "QKERNELS_CUDA": "0", **environment}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+
+
+def verdict(folder):
+    """The name of the first test that fails in the copy, or None. RuntimeError if it does not build or run."""
+    built = run([sys.executable, "-c", BUILD], folder)
+    if built.returncode:
+        raise RuntimeError(f"the copy does not build:\n{built.stdout[-2000:]}{built.stderr[-2000:]}")
+    flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    tested = run([sys.executable, "-m", "pytest", *flags, *TESTS], folder)
+    if tested.returncode not in (0, 1):
+        raise RuntimeError(f"pytest did not run:\n{tested.stdout[-2000:]}{tested.stderr[-2000:]}")
+    failed = re.search(r"^FAILED (\S+)", tested.stdout, re.MULTILINE)
+    return failed[1] if failed else None
+
+
+def planted(folder, fault):
+    """The first test that fails with the fault in place; the header is put back."""
+    header = folder / "csrc" / "math" / fault.header
+    text = header.read_text()
+    if text.count(fault.old) != 1:
+        raise RuntimeError(
+            f"{fault.name}: {fault.header} must hold {fault.old!r} once, not {text.count(fault.old)} times"
+        )
+    header.write_text(text.replace(fault.old, fault.new))
+    try:
+        return verdict(folder)
+    finally:
+        header.write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="of the faults to plant, by default all")
+    names = parser.parse_args().names
+    unknown = set(names) - {fault.name for fault in FAULTS}
+    if unknown:
+        parser.error(
+            f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(fault.name for fault in FAULTS)}"
+        )
+    chosen = [fault for fault in FAULTS if not names or fault.name in names]
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix="qkernels-faults-") as temporary:
+        folder = Path(temporary)
+        for part in PARTS:
+            source = ROOT / part
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, folder / part)
+        already = verdict(folder)
+        if already:
+            sys.exit(f"without any fault {already} fails: nothing can be said")
+        for fault in chosen:
+            start = time.monotonic()
+            found = planted(folder, fault)
+            missed += found is None
+            what = f"caught by {found}" if found else "NOT caught"
+            print(f"{fault.name}: {what} ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
