@@ -1,0 +1,451 @@
+"""`qkernels bench` and `compare`: what they write and print, exit codes, and the parity that stands before a time."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qkernels import backend, cli, testing
+from qkernels.bench import bars, command, machine, measure, results, rows, train
+
+ROOT = Path(__file__).parents[1]
+FIELDS = [
+    *("op", "case", "backend", "dtype", "threads", "median_ms", "p20_ms", "p80_ms", "bytes", "gb_per_s"),
+    *("copy_fraction", "saved_bytes", "peak_bytes", "parity"),
+]
+TINY = {
+    "activation": {(2, 4, 5, 5): ("tensor",)},
+    "weight": {(8, 4, 3, 3): ("axis0",)},
+    "linear": {(4, 16): ("token",)},
+}
+QUICK = ("--threads", "1", "--repeats", "2")
+needs_native = pytest.mark.skipif("cpu" in backend.why_not, reason="the CPU library is not built")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Every suite times tiny tensors, with samples of a millisecond."""
+    for name, shapes in TINY.items():
+        monkeypatch.setitem(testing.TIMED, name, shapes)
+    monkeypatch.setattr(measure.collect, "__defaults__", (1e-3,))
+    monkeypatch.setattr(measure, "POOL_BYTES", 1 << 20)
+
+
+def run(capsys, *argv):
+    try:
+        code = cli.main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def row(**changes):
+    made = dict.fromkeys(FIELDS)
+    made |= {
+        "op": "fake_quantize",
+        "case": "64x64x28x28 tensor fwd+bwd",
+        "backend": "native",
+        "dtype": "float32",
+    }
+    made |= {
+        "threads": 1,
+        "median_ms": 1.0,
+        "p20_ms": 0.95,
+        "p80_ms": 1.05,
+        "parity": "equal",
+        "bytes": 64225280,
+    }
+    return made | changes
+
+
+def write(path, *found, **run_facts):
+    results.write(
+        path, {"run": {"machine": "m", "torch": "t", "allocator": "kept"} | run_facts, "rows": list(found)}
+    )
+    return path
+
+
+@needs_native
+def test_kernels_suite_end_to_end(capsys, tmp_path):
+    files = tmp_path / "out.json", tmp_path / "out.csv"
+    argv = ["--suite", "kernels", "--backends", "eager,fn,torch,native,reference", *QUICK]
+    code, out, err = run(capsys, "bench", *argv, "--json", files[0], "--csv", files[1])
+    assert code == 0, err
+    result = json.loads(files[0].read_text())
+    assert set(result["run"]) >= {"machine", "torch", "commit", "date", "allocator"}
+    assert result["run"]["torch"] == torch.__version__ and result["run"]["device"] == "cpu"
+    found = result["rows"]
+    assert all(set(FIELDS) <= set(r) for r in found)
+    assert {r["backend"] for r in found} == {"eager", "fn", "torch", "native", "reference", "copy"}
+    assert {r["dtype"] for r in found} == {"float32", "bfloat16"} and {r["threads"] for r in found} == {1}
+    cases = {(r["op"], r["case"]) for r in found}
+    assert ("fake_quantize", "4x16 token fwd+bwd") in cases and ("quantize", "8x4x3x3 axis0") in cases
+    assert ("fake_quantize", "2x4x5x5 tensor tempering fwd+bwd") in cases
+    assert all(r["median_ms"] for r in found), [
+        (r["backend"], r["parity"]) for r in found if not r["median_ms"]
+    ]
+    for r in found:
+        assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"], r
+        assert r["gb_per_s"] == pytest.approx(r["bytes"] / r["median_ms"] / 1e6)
+        assert r["parity"] == (
+            "" if r["backend"] == "copy" else "equal" if r["backend"] in rows.OURS else r["parity"]
+        )
+        assert r["backend"] in (*rows.OURS, "copy") or "differ" in r["parity"]
+        assert r["copy_fraction"] > 0
+    native = next(r for r in found if r["backend"] == "native" and r["case"] == "2x4x5x5 tensor fwd+bwd")
+    assert native["bytes"] == 5 * 200 * 4
+    with open(files[1], newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(found) and list(lines[0])[: len(FIELDS)] == FIELDS
+    assert lines[0]["machine"] == result["run"]["machine"] and "clock" in lines[0]
+    assert "of copy" in out and "vs rival" in out and "8x4x3x3" in out
+
+
+@needs_native
+def test_csv_is_appended_to_and_a_foreign_one_is_refused(capsys, tmp_path):
+    file = tmp_path / "m.csv"
+    argv = ["bench", "--backends", "native", *QUICK, "--only", "tempering", "--csv", file]
+    assert run(capsys, *argv)[0] == 0
+    first = file.read_text().splitlines()
+    assert run(capsys, *argv)[0] == 0
+    both = file.read_text().splitlines()
+    assert both[: len(first)] == first and len(both) == 2 * len(first) - 1
+    file.write_text("a,b\n1,2\n")
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "has other columns" in err and file.read_text() == "a,b\n1,2\n"
+
+
+def test_memory_is_counted_exactly():
+    x = torch.randn(1000, requires_grad=True)
+
+    def step(inputs):
+        y = inputs[0].exp()  # keeps its output
+        return torch.autograd.grad(y * 2, inputs, torch.ones(1000))
+
+    variant = measure.Variant("v", step)
+    measure.memory(variant, (x,), "cpu")
+    assert variant.saved_bytes == 4000
+    assert 12000 <= variant.peak_bytes < 24000
+
+
+@needs_native
+def test_a_fake_quantize_keeps_x_alone():
+    case = next(testing.timed("weight", "fake_quantize"))
+    line = rows.quantizer_row(case, "cpu")
+    (native,) = line.variants(["native"])
+    measure.memory(native, line.make(), "cpu")
+    assert native.saved_bytes == 8 * 4 * 3 * 3 * 4 + 8 * 4
+
+
+def wrong_element(result):
+    result.view(-1)[3] += 1e-6
+    return result
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "where, op",
+    [("y", "fake_quantize"), ("dx", "fake_quantize_backward"), ("dscale", "fake_quantize_backward")],
+)
+def test_a_wrong_implementation_is_refused_and_not_timed(capsys, monkeypatch, tmp_path, where, op):
+    right = backend.op
+
+    def planted(name):
+        def call(*args):
+            result = right(name)(*args)
+            if name != op:
+                return result
+            if where == "y":
+                return wrong_element(result)
+            dx, dscale, doffset = result
+            return (wrong_element(dx), dscale, doffset) if where == "dx" else (dx, dscale * 1.01, doffset)
+
+        return call
+
+    monkeypatch.setattr(backend, "op", planted)
+    out = tmp_path / "out.json"
+    code, printed, err = run(
+        capsys, "bench", "--backends", "eager,native", *QUICK, "--only", "axis0 fwd", "--json", out
+    )
+    found = {r["backend"]: r for r in results.read(out)["rows"]}
+    assert code == 1 and "refused: fake_quantize 8x4x3x3 axis0 fwd+bwd float32 1t native" in err
+    assert found["native"]["median_ms"] is None and found["native"]["parity"].startswith(
+        "REFUSED: differs from"
+    )
+    assert {"y": "output 0", "dx": "output 0", "dscale": "output 1"}[where] in found["native"]["parity"]
+    assert found["eager"]["median_ms"] > 0 and "REFUSED" in printed
+
+
+def test_an_implementation_that_does_not_answer_is_refused(monkeypatch):
+    monkeypatch.setattr(backend, "serves", lambda op, device: "reference")
+    line = rows.quantizer_row(next(testing.timed("weight", "fake_quantize")), "cpu")
+    native = measure.Variant("native", None)
+    with pytest.raises(rows.Refused, match="fake_quantize on cpu is answered by reference"):
+        line.check(native)
+
+
+def test_a_rival_that_computes_something_else_is_refused(monkeypatch):
+    line = rows.quantizer_row(next(testing.timed("activation", "fake_quantize")), "cpu")
+    eager = next(v for v in line.variants(["eager"]))
+    assert line.check(eager) == "y 0.00%, dx 0.00% differ"
+    step = eager.step
+    eager.step = lambda inputs: (step(inputs)[0] + 0.1, *step(inputs)[1:])
+    with pytest.raises(rows.Refused, match=r"y 100.00%, dx 0.00% differ, at most 5% may"):
+        line.check(eager)
+
+
+@pytest.mark.parametrize("option", rows.NOISY)
+def test_a_rivals_noise_has_the_right_size(option):
+    case = testing.Case("fake_quantize", (64, 256), torch.float32, "tensor", "contiguous", option)
+    line = rows.quantizer_row(case, "cpu")
+    checked = {v.backend: v for v in line.variants(["eager", "fn"])}
+    for variant in checked.values():
+        assert "noise" in line.check(variant)
+    step = checked["eager"].step
+    checked["eager"].step = lambda inputs: (2 * step(inputs)[0], *step(inputs)[1:])
+    with pytest.raises(rows.Refused, match="at most 13%"):
+        line.check(checked["eager"])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "axis0", "axis1", "token", "group"])
+def test_the_rivals_agree_with_the_reference_at_every_granularity(granularity):
+    case = testing.Case("fake_quantize", (6, 4, 16), torch.float32, granularity, "contiguous", "plain")
+    line = rows.quantizer_row(case, "cpu")
+    inputs = line.make()
+    found = {v.backend: v.step(inputs) for v in line.variants(["eager", "fn", "torch", "reference"])}
+    for name in ("eager", "fn", "torch"):
+        y, dx, dscale = found[name]
+        assert torch.allclose(y, found["reference"][0], atol=1e-6), name
+        if name != "torch":  # its gradient looks at the rounded level
+            assert torch.allclose(dx, found["reference"][1], atol=1e-6), name
+            assert torch.allclose(dscale, found["reference"][2], rtol=1e-4, atol=1e-5), name
+
+
+@needs_native
+def test_a_compiled_rival_is_timed_and_its_fastest_form_is_the_row():
+    case = next(testing.timed("weight", "fake_quantize"))
+    settings = type("S", (), {"backends": ["compile", "native"], "device": "cpu", "repeats": 2})
+    with measure.threads(1):
+        found = {r["backend"]: r for r in command.time_row(rows.quantizer_row(case, "cpu"), 1, settings)}
+    assert set(found) == {"compile", "native", "copy"}
+    assert found["compile"]["form"] in ("formula", "autograd.Function") and found["compile"]["median_ms"] > 0
+    slow, fast = (
+        measure.Variant("v", None, "slow", samples=[3.0]),
+        measure.Variant("v", None, "fast", samples=[2.0]),
+    )
+    assert command.fastest([slow, fast]) == {"v": fast} == command.fastest([fast, slow])
+
+
+@needs_native
+def test_the_training_step_is_the_same_work_for_each(tmp_path):
+    line = next(train.suite("cpu", "nin_d2_w1", 4, 8))
+    settings = type("S", (), {"backends": ["eager", "native"], "device": "cpu", "repeats": 2})
+    found = {r["backend"]: r for r in command.time_row(line, 1, settings)}
+    assert set(found) == {"float", "eager", "native"}
+    assert all(r["median_ms"] > 0 and r["peak_bytes"] > 0 for r in found.values()), found
+    assert found["eager"]["saved_bytes"] > found["native"]["saved_bytes"] > found["float"]["saved_bytes"]
+    assert found["native"]["parity"].startswith("loss 0.0e+00 off, gradients")
+    assert "x" in results.cells(list(found.values()))[-1][9]
+
+
+@needs_native
+def test_a_training_step_with_other_gradients_is_refused():
+    line = next(train.suite("cpu", "nin_d2_w1", 4, 8))
+    native = next(v for v in line.variants(["native"]) if v.backend == "native")
+    step = native.step
+
+    def wrong(batch):
+        loss, gradients = step(batch)
+        return loss, [1.001 * g for g in gradients]
+
+    native.step = wrong
+    with pytest.raises(rows.Refused, match="gradients 1.0e-03, at most 0.0001 may"):
+        line.check(native)
+
+
+@needs_native
+def test_an_interrupted_run_keeps_its_rows_and_resumes(capsys, monkeypatch, tmp_path):
+    out = tmp_path / "out.json"
+    argv = ["bench", "--suite", "kernels", "--backends", "native", *QUICK, "--json", out]
+    whole, timed = command.time_row, []
+
+    def interrupted(line, *rest):
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        timed.append(line.name)
+        return whole(line, *rest)
+
+    monkeypatch.setattr(command, "time_row", interrupted)
+    code, printed, err = run(capsys, *argv)
+    assert code == 130 and f"stopped; 4 rows are kept; continue with --resume --json {out}" in err
+    kept = results.read(out)["rows"]
+    assert len(kept) == 4 and kept[0]["case"] in printed
+    monkeypatch.setattr(command, "time_row", whole)
+    monkeypatch.setattr(machine, "commit", lambda: results.read(out)["run"]["commit"])
+    assert run(capsys, *argv, "--resume")[0] == 0
+    after = results.read(out)["rows"]
+    assert after[:4] == kept and len({results.key(r) for r in after}) == len(after) > 10
+    monkeypatch.setattr(machine, "commit", lambda: "another")
+    code, _, err = run(capsys, *argv, "--resume")
+    assert code == 2 and "is of commit" in err
+
+
+@needs_native
+def test_ctrl_c_in_a_real_process(tmp_path):
+    out = tmp_path / "out.json"
+    argv = [sys.executable, "-m", "qkernels", "bench", "--backends", "native,eager", "--repeats", "100000"]
+    process = subprocess.Popen(
+        [*argv, "--threads", "1", "--json", str(out)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    for text in process.stderr:
+        if "1 thread" in text:
+            break
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped before the first row" in err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--suite", "kernel"], "argument --suite: invalid choice: 'kernel'"),
+        (
+            ["--backends", "native,tritn"],
+            "--backends: 'tritn' is not one of eager, fn, compile, torch, native",
+        ),
+        (["--backends", ""], "--backends: '' is not one of"),
+        (["--backends", "triton", "--device", "cpu"], "--backends: none of triton is there on cpu"),
+        (["--threads", "0"], "--threads: '0' is not a list of numbers such as 1,2"),
+        (["--threads", "1;2"], "--threads: '1;2' is not a list of numbers"),
+        (["--repeats", "0"], "--repeats: 0 is not at least 1"),
+        (["--resume"], "--resume: --json names the result to go on with"),
+        (["--json", "{tmp}/none/out.json"], "--json: the folder of {tmp}/none/out.json does not exist"),
+        (["--show", "{tmp}/none.json"], "{tmp}/none.json: no such file"),
+    ],
+)
+def test_bad_arguments(capsys, tmp_path, argv, message):
+    code, out, err = run(capsys, "bench", *(word.format(tmp=tmp_path) for word in argv))
+    assert code == 2 and out == "" and message.format(tmp=tmp_path) in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_cuda_without_a_gpu(capsys):
+    code, _, err = run(capsys, "bench", "--device", "cuda")
+    assert code == 2 and "--device: cuda was asked for, but this torch sees no GPU" in err
+
+
+def test_a_suite_without_rows_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(rows, "cases", lambda name: [])
+    code, out, err = run(capsys, "bench", "--suite", "sharpness", "--backends", "eager", *QUICK)
+    assert (code, out) == (0, "") and "--suite sharpness: this installation has no such rows" in err
+
+
+@pytest.mark.parametrize(
+    "changes, code, text",
+    [
+        ({}, 0, "no row of ours is slower"),
+        ({"median_ms": 1.04, "p20_ms": 1.06}, 0, "no row of ours is slower"),
+        ({"median_ms": 1.2, "p20_ms": 1.0}, 0, "slower, spreads overlap"),
+        ({"median_ms": 1.2, "p20_ms": 1.1}, 1, "FAIL: slower by 20%"),
+        ({"median_ms": None, "p20_ms": None, "parity": "REFUSED: y"}, 1, "FAIL: REFUSED: y"),
+        ({"median_ms": 0.5, "p20_ms": 0.4}, 0, "0.500"),
+    ],
+)
+def test_compare_exit_codes(capsys, tmp_path, changes, code, text):
+    base = write(tmp_path / "base.json", row(), row(backend="eager"))
+    new = write(tmp_path / "new.json", row(**changes), row(backend="eager", median_ms=9.0, p20_ms=8.0))
+    got, out, _ = run(capsys, "compare", base, new, "--fail-over", "5%")
+    assert got == code and text in out and "slower (a rival)" in out
+    assert run(capsys, "compare", base, new)[0] == 0
+
+
+def test_compare_lists_rows_of_one_side_and_other_machines(capsys, tmp_path):
+    base = write(tmp_path / "base.json", row(), row(threads=2))
+    new = write(tmp_path / "new.json", row(), row(dtype="bfloat16"), machine="other")
+    code, out, _ = run(capsys, "compare", base, new, "--fail-over", "5")
+    assert code == 0 and "note: machine differs: m and other" in out
+    assert f"only in {base}: fake_quantize 64x64x28x28 tensor fwd+bwd float32 2t native" in out
+    assert f"only in {new}: fake_quantize 64x64x28x28 tensor fwd+bwd bfloat16 1t native" in out
+
+
+def test_compare_refuses_what_is_not_a_result(capsys, tmp_path):
+    good, bad = write(tmp_path / "good.json", row()), tmp_path / "bad.json"
+    for text, message in (
+        ("{", "not a result of qkernels bench"),
+        ('{"run": {}, "rows": [{}]}', "a row lacks op"),
+    ):
+        bad.write_text(text)
+        code, _, err = run(capsys, "compare", good, bad)
+        assert code == 2 and message in err and str(bad) in err
+    other = write(tmp_path / "other.json", row(threads=7))
+    assert "no row in common" in run(capsys, "compare", good, other)[2]
+    assert "no such file" in run(capsys, "compare", good, tmp_path / "none.json")[2]
+    code, _, err = run(capsys, "compare", good, good, "--fail-over", "some")
+    assert code == 2 and "--fail-over" in err and "some" in err
+
+
+def test_ratios_are_paired_by_round():
+    slow, fast = row(samples_ms=[2.0, 4.0, 30.0]), row(samples_ms=[1.0, 2.0, 10.0], median_ms=2.0)
+    assert results.ratio(fast, slow) == 2.0
+    assert results.ratio(row(median_ms=2.0), row(median_ms=6.0)) == 3.0
+    assert results.ratio(row(), row(median_ms=None)) is None
+
+
+def table_of_bars(**native):
+    beside = [row(backend=name, median_ms=ms) for name, ms in
+              (("copy", 1.0), ("compile", 1.3), ("torch", 7.0), ("eager", 9.0))]  # fmt: skip
+    step = {"op": "train_step", "case": "resnet20 128x3x32x32 W4A4", "bytes": None}
+    trained = [row(**step, median_ms=1.15, saved_bytes=15), row(**step, backend="float", saved_bytes=10)]
+    return [row(**{"median_ms": 1.2, "saved_bytes": 64225280 // 5 + 4} | native), *beside, *trained]
+
+
+def test_bars_take_the_worst_row_and_fail_openly():
+    good = {
+        bar.what: (value, bar.holds(value))
+        for bar, value, _, _ in bars.judge(table_of_bars())
+        if value is not None
+    }
+    assert good["fwd+bwd over a copy of the same bytes, large, float32"] == (1.2, True)
+    assert good["faster than PyTorch's learnable op, large, float32"][0] == pytest.approx(7 / 1.2)
+    assert good["training step over the float step"] == (1.15, True)
+    assert good["saved bytes of a training step over float"] == (1.5, True)
+    assert good["saved for backward over x"][1] and bars.met(table_of_bars())
+    slow = table_of_bars() + [row(threads=2, median_ms=1.4), row(threads=2, backend="copy")]
+    assert not bars.met(slow)
+    line = next(text for text in bars.table(slow).splitlines() if "over a copy" in text and "float32" in text)
+    assert "1.40x" in line and "FAIL" in line and "2t" in line
+    assert "not measured" in bars.table(slow)
+    assert not bars.met(table_of_bars(saved_bytes=2 * 64225280 // 5))
+
+
+def test_show_prints_markdown(capsys, tmp_path):
+    code, out, _ = run(capsys, "bench", "--show", write(tmp_path / "r.json", *table_of_bars()), "--markdown")
+    lines = out.splitlines()
+    assert code == 0 and lines[0].startswith("| row | backend | ms |") and set(lines[1]) <= set("|- ")
+    assert any("| pass |" in text for text in lines)
+
+
+def test_freed_memory_is_kept():
+    if sys.platform != "linux":
+        pytest.skip("mallopt is glibc's")
+    code = (
+        "import resource, torch\nfrom qkernels.bench import measure\ntorch.set_num_threads(1)\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "x = torch.zeros(4 << 20)\n"
+        "with measure.kept_memory() as kind:\n"
+        "    measure.touch(256 << 20)\n"
+        "    before = faults()\n"
+        "    for _ in range(5): x + 1\n"
+        "    print(kind, faults() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    kind, count = done.stdout.split()
+    assert kind == "kept" and int(count) < 1000, done.stderr
