@@ -1,0 +1,40 @@
+"""The Triton kernels over the table of cases: in the CPU interpreter, or on the GPU where there is one."""
+
+import pytest
+import torch
+
+from qkernels import reference, testing
+from qkernels import triton as launchers
+
+
+def chosen():
+    """All cases on a GPU; in the interpreter, which is slow, those that show a setting for the first time."""
+    seen = set()
+    for case in testing.cases():
+        # float64 is the reference's own, which the launchers hand on.
+        if not hasattr(launchers, case.op) or case.dtype == torch.float64:
+            continue
+        settings = {(case.op, case.option), (case.op, case.memory), (case.op, case.shape),
+                    (case.op, case.dtype, case.granularity)}  # fmt: skip
+        if torch.cuda.is_available() or not settings <= seen:
+            yield case
+        seen |= settings
+
+
+@pytest.mark.parametrize("case", chosen(), ids=lambda case: case.id("triton"))
+def test_parity(case, device, poisoned):
+    args = case.args(device)
+    kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    got = getattr(launchers, case.op)(*args)
+    testing.compare(case, args, got, getattr(reference, case.op)(*args))
+    for before, after in zip(kept, args):
+        if isinstance(after, torch.Tensor):
+            assert torch.equal(before.nan_to_num(nan=0.5), after.nan_to_num(nan=0.5)), "an input was written"
+
+
+def test_float64_is_the_reference():
+    case = testing.Case("fake_quantize_backward", (3, 8), torch.float64, "axis1", option="ewgs")
+    for got, want in zip(
+        launchers.fake_quantize_backward(*case.args()), reference.fake_quantize_backward(*case.args())
+    ):
+        assert got.dtype == torch.float64 and torch.equal(got, want)
