@@ -1,0 +1,6 @@
+"""What QGen measures on a trained, quantized network: bounds, sharpness, curvature, landscape, generalization."""
+
+from .curvature import Density, Hessian, hessian, spectral_density
+from .formulas import bounds
+from .linf import LinfSharpness, linf_sharpness
+from .measures import Report, measure

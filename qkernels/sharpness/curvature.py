@@ -1,0 +1,232 @@
+"""The Hessian of the loss with respect to the weights, through the quantizers: eigenvalues, trace, density."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..perturbation import perturb
+from .data import Data
+from .subject import Subject, check_at_least
+
+_TOGETHER = 8  # vectors that share one graph of the gradient
+
+
+@dataclass
+class Hessian:
+    """eigenvalues: largest in magnitude first. residuals: ||H v - lambda v||; iterations and converged: per eigenvalue.
+
+    trace: mean of v.Hv over random signs v; trace_stderr: its standard error; trace_samples: the values.
+    density: Density or None. eigenvectors: lists of tensors like ``names``. products: Hessian-vector
+    products over all images.
+    """
+
+    eigenvalues: list
+    residuals: list
+    iterations: list
+    converged: list
+    trace: float | None
+    trace_stderr: float | None
+    trace_samples: list
+    eigenvectors: list
+    names: list
+    products: int
+    density: object = None
+
+    def to_dict(self):
+        """All but the eigenvectors, ready for JSON."""
+        values = {k: v for k, v in vars(self).items() if k not in ("eigenvectors", "names", "density")}
+        return {**values, "density": None if self.density is None else vars(self.density)}
+
+
+@dataclass
+class Density:
+    """Spectral density by stochastic Lanczos quadrature: nodes and weights (summing to 1), averaged over ``probes``."""
+
+    nodes: list
+    weights: list
+    probes: int
+
+    def curve(self, points=200, sigma=None):
+        """(eigenvalues, density): the nodes blurred by Gaussians of deviation sigma, default 1 % of the range."""
+        nodes, weights = (torch.tensor(t, dtype=torch.float64) for t in (self.nodes, self.weights))
+        sigma = sigma or 0.01 * max((nodes.max() - nodes.min()).item(), 1e-12)
+        grid = torch.linspace(nodes.min() - 4 * sigma, nodes.max() + 4 * sigma, points, dtype=torch.float64)
+        kernel = torch.exp(-0.5 * ((grid[:, None] - nodes) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
+        return grid.tolist(), (kernel @ weights).tolist()
+
+
+class _Products:
+    """Hessian-vector products of the mean loss; the graph of a batch lives until its products are done."""
+
+    def __init__(self, model, loader, criterion, weights, parameters, batches):
+        self.subject = Subject(model, weights, parameters)
+        self.data = Data(loader, self.subject.device, batches)
+        self.criterion, self.count = criterion, 0
+
+    def __call__(self, vectors):
+        """[H v for v in vectors]; a vector is a list of tensors."""
+        results = [[torch.zeros_like(t) for t in v] for v in vectors]
+        leaves = self.subject.leaves()
+        # The fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            for x, target in self.data:
+                loss = self.criterion(self.subject.logits(self.subject.effective(leaves), x), target)
+                loss = loss * (len(target) / self.data.size)
+                gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+                pairs = [(g, i) for i, g in enumerate(gradients) if g.requires_grad]
+                for k, v in enumerate(vectors if pairs else []):
+                    products = torch.autograd.grad(
+                        [g for g, _ in pairs], leaves, [v[i] for _, i in pairs],
+                        retain_graph=k + 1 < len(vectors), materialize_grads=True,
+                    )  # fmt: skip
+                    torch._foreach_add_(results[k], products)
+        self.count += len(vectors)
+        return results
+
+    def random(self, kind, num, seed, first=0):
+        """num vectors of standard normals ("normal") or signs ("sign"), a pure function of the seed."""
+        zeros = [torch.zeros_like(w) for w in self.subject.values]
+        if kind == "normal":
+            return perturb(zeros, "normal", std=1.0, num=num, seed=seed, first=first)
+        drawn = perturb(zeros, "uniform", alpha=1.0, num=num, seed=seed, first=first)
+        return [[torch.where(t < 0, -1.0, 1.0).to(t) for t in v] for v in drawn]
+
+
+def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *, weights="latent",
+            parameters="weights", density_probes=0, density_steps=40, tolerance=1e-3, iterations=200,
+            batches=None, seed=0, progress=None):  # fmt: skip
+    """Top eigenvalues and trace of the Hessian of the mean loss over the whole loader, through the quantizers.
+
+    Eigenvalues by power iteration with deflation, until ||H v - lambda v|| <= tolerance |lambda| (then an
+    eigenvalue is that near; the error is usually of the order of tolerance^2). Trace by Hutchinson's
+    estimator. ``weights="latent"`` differentiates twice through the weight quantizers, whose
+    straight-through surrogate is piecewise linear: the Hessian of the loss as training sees it; "quantized"
+    takes the quantized weights as the variables. Activation quantizers act in both.
+
+    The model is left as it is: evaluation mode on a copy of its structure, no gradient is stored, no graph
+    kept.
+
+    Args:
+        criterion: criterion(logits, target) -> mean loss of a batch, twice differentiable.
+        top, trace_samples: how many; 0 leaves them out. density_probes: random vectors for the spectral
+            density (``density_steps`` Lanczos steps each); 0 leaves it out.
+        progress: called with (what, done, of).
+
+    Returns: Hessian. Raises: ValueError naming the argument.
+    Source: Yao et al. 2020 (PyHessian); Hutchinson 1990; Ghorbani et al. 2019 for the density.
+    """
+    for name, value in (("top", top), ("trace_samples", trace_samples), ("density_probes", density_probes)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+    check_at_least(iterations=iterations, density_steps=density_steps)
+    product = _Products(model, loader, criterion, weights, parameters, batches)
+    if top > product.subject.count:
+        raise ValueError(f"top must be at most {product.subject.count}, the number of parameters, got {top}")
+    tell = progress or (lambda *_: None)
+    found, vectors = [], []
+    for i in range(top):
+        start = product.random("normal", 1, seed, first=i)[0]
+        value, vector, residual, taken = _power(product, start, vectors, tolerance, iterations)
+        found.append((value, residual, taken, residual <= tolerance * abs(value)))
+        vectors.append(vector)
+        tell("eigenvalues", i + 1, top)
+    order = sorted(range(top), key=lambda i: -abs(found[i][0]))
+    columns = [[found[i][c] for i in order] for c in range(4)]
+    samples = []
+    while len(samples) < trace_samples:
+        num = min(_TOGETHER, trace_samples - len(samples))
+        signs = product.random("sign", num, seed + 1, first=len(samples))
+        samples += [_dot(v, hv) for v, hv in zip(signs, product(signs), strict=True)]
+        tell("trace", len(samples), trace_samples)
+    mean, stderr = _mean(samples)
+    density = None
+    if density_probes:
+        density = _density(product, density_probes, density_steps, seed + 2, tell)
+    return Hessian(
+        *columns,
+        mean,
+        stderr,
+        samples,
+        [vectors[i] for i in order],
+        product.subject.names,
+        product.count,
+        density,
+    )
+
+
+def spectral_density(model, loader, criterion=F.cross_entropy, probes=4, steps=40, *, weights="latent",
+                     parameters="weights", batches=None, seed=0, progress=None):  # fmt: skip
+    """The density of the Hessian's eigenvalues by stochastic Lanczos quadrature, through the quantizers.
+
+    Each probe: ``steps`` of Lanczos with full reorthogonalisation from a random vector; the tridiagonal
+    matrix's eigenvalues are nodes, the squared first components of its eigenvectors their weights. Arguments
+    as in ``hessian``.
+
+    Returns: Density. Raises: ValueError naming the argument. Source: Ghorbani et al. 2019, section 2.
+    """
+    check_at_least(probes=probes, steps=steps)
+    product = _Products(model, loader, criterion, weights, parameters, batches)
+    return _density(product, probes, steps, seed, progress or (lambda *_: None))
+
+
+def _power(product, v, deflated, tolerance, iterations):
+    """(Rayleigh quotient, unit vector, residual, iterations) of the largest eigenvalue off the deflated vectors."""
+    v, taken = _unit(_orthogonal(v, deflated)), 0
+    while True:
+        hv, taken = _orthogonal(product([v])[0], deflated), taken + 1
+        value = _dot(v, hv)
+        off = _orthogonal(hv, [v])
+        residual = math.sqrt(_dot(off, off))
+        if residual <= tolerance * abs(value) or taken == iterations:
+            return value, v, residual, taken
+        v = _unit(_orthogonal(hv, deflated))
+
+
+def _density(product, probes, steps, seed, tell):
+    nodes, weights = [], []
+    for probe in range(probes):
+        basis, diagonal, off = [_unit(product.random("normal", 1, seed, first=probe)[0])], [], []
+        while True:
+            w = product([basis[-1]])[0]
+            diagonal.append(_dot(w, basis[-1]))
+            w = _orthogonal(_orthogonal(w, basis), basis)
+            length = math.sqrt(_dot(w, w))
+            if len(diagonal) == min(steps, product.subject.count) or length <= 1e-6 * max(map(abs, diagonal)):
+                break
+            off.append(length)
+            basis.append([t / length for t in w])
+        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        if off:
+            matrix += torch.diag(torch.tensor(off, dtype=torch.float64), 1)
+            matrix += torch.diag(torch.tensor(off, dtype=torch.float64), -1)
+        values, vectors = torch.linalg.eigh(matrix)
+        nodes += values.tolist()
+        weights += (vectors[0].square() / probes).tolist()
+        tell("density", probe + 1, probes)
+    return Density(nodes, weights, probes)
+
+
+def _dot(a, b):
+    return sum((s.double() * t.double()).sum() for s, t in zip(a, b, strict=True)).item()
+
+
+def _unit(v):
+    length = math.sqrt(_dot(v, v))
+    return [t / length for t in v] if length > 0 else v
+
+
+def _orthogonal(v, basis):
+    for b in basis:
+        v = torch._foreach_sub(v, torch._foreach_mul(b, _dot(v, b)))
+    return list(v)
+
+
+def _mean(samples):
+    """(mean, standard error); None where there are too few."""
+    if not samples:
+        return None, None
+    values = torch.tensor(samples, dtype=torch.float64)
+    return values.mean().item(), (values.std() / len(samples) ** 0.5).item() if len(samples) > 1 else None

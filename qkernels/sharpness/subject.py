@@ -1,0 +1,183 @@
+"""What is perturbed: the weights of a model, and the model evaluated at other values of them without being touched."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .. import nn as qnn
+from ..convert import quantizers
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
+
+
+class Subject:
+    """The perturbed tensors of a model, in evaluation mode, and what it computes where they have other values.
+
+    ``values`` are detached views of the weights (``weights="latent"``: the quantizers follow the
+    perturbation) or the quantized weights (``"quantized"``: the perturbation follows the quantizers). The
+    model itself is never changed: all happens on a copy of its structure that shares the storage of its
+    parameters.
+
+    Args:
+        model: nn.Module. weights: "latent" or "quantized".
+        parameters: "weights" (weights and biases of convolutions, linear layers, embeddings and attention)
+            or "all" (every parameter but the quantizers' numbers, so also BatchNorm's).
+    Raises: ValueError naming the argument.
+    """
+
+    def __init__(self, model, weights="latent", parameters="weights"):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_choice("weights", weights, ("latent", "quantized"))
+        check_choice("parameters", parameters, ("weights", "all"))
+        self.weights, self.parameters = weights, parameters
+        self.model = _shadow(model)
+        quantizer_of = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, qnn._Quantized) and layer.weight_quantizer is not None:
+                quantizer_of[layer] = _detach_quantizer(layer, weights, name)
+        own = {id(p) for quantizer in quantizers(self.model) for p in quantizer.parameters()}
+        self.names, self.values, self.uses, places = [], [], [], {}
+        for prefix, layer in self.model.named_modules():
+            if parameters == "weights" and not isinstance(layer, _LAYERS):
+                continue
+            # Noise goes by position, so the weight comes first wherever conversion has put it.
+            for key, value in sorted(layer._parameters.items(), key=lambda item: item[0] != "weight"):
+                if value is None or id(value) in own:
+                    continue
+                name = f"{prefix}.{key}" if prefix else key
+                if id(value) not in places:
+                    places[id(value)] = len(self.values)
+                    self.names.append(name)
+                    self.values.append(value.detach())
+                self.uses.append(
+                    (places[id(value)], name, quantizer_of.get(layer) if key == "weight" else None)
+                )
+        if not self.values:
+            raise ValueError(
+                f"model has nothing to perturb: no {'parameter' if parameters == 'all' else 'layer with weights'}"
+            )
+        self.device = self.values[0].device
+        self.count = sum(w.numel() for w in self.values)
+
+    def effective(self, values):
+        """The tensors the network multiplies with, by name, where its weights have these values."""
+        return {name: values[i] if q is None else q(values[i]) for i, name, q in self.uses}
+
+    def logits(self, effective, x):
+        return functional_call(self.model, effective, (x,), tie_weights=False)
+
+    def leaves(self, values=None):
+        """Copies of the values that autograd differentiates with respect to."""
+        return [w.detach().clone().requires_grad_() for w in (self.values if values is None else values)]
+
+    def gradient(self, values, x, target, criterion):
+        """(loss, gradients) at these values on one batch; the loss is criterion(logits, target), a detached scalar."""
+        leaves = [w.detach().requires_grad_() for w in values]
+        loss = criterion(self.logits(self.effective(leaves), x), target)
+        return loss.detach(), torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+
+def initial_values(model, state, subject):
+    """The subject's tensors in ``state`` (state dict or module), where a run started; quantized as the subject is.
+
+    Quantizers take their numbers from the state where it has them, else from the model. Raises: ValueError
+    naming the entry that is missing or of another shape.
+    """
+    if state is None:
+        raise ValueError("initial must be the state dict at initialisation (or a module), got None")
+    state = state.state_dict() if isinstance(state, nn.Module) else dict(state)
+    for name, value in zip(subject.names, subject.values, strict=True):
+        shape = tuple(state[name].shape) if name in state else None
+        if shape != tuple(value.shape):
+            raise ValueError(f"initial must hold {name} of shape {tuple(value.shape)}, got {shape}")
+    start = _shadow(model)
+    for p in start.parameters():
+        p.data = p.data.clone()
+    own = start.state_dict()
+    start.load_state_dict(
+        {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False
+    )
+    values = Subject(start, subject.weights, subject.parameters).values
+    frozen = {
+        f"{name}.weight"
+        for name, m in model.named_modules()
+        if isinstance(getattr(m, "weight_quantizer", None), qnn.IntegerWeight)
+    }
+    return [
+        state[name].to(value) if name in frozen else value
+        for name, value in zip(subject.names, values, strict=True)
+    ]
+
+
+def perturbed_effective(subject, copies):
+    """Per copy, the tensors the network multiplies with: weights are quantized once per copy, not once per batch."""
+    with torch.no_grad():
+        return [subject.effective(values) for values in copies]
+
+
+class Copies:
+    """Perturbed models, evaluated batch by batch: one functional call per copy, or all in one under vmap.
+
+    how: "loop", "vmap", or "auto": the loop on the CPU (1.3 to 1.8 times faster than vmap for ten copies of a
+    small convolutional net, resnet20 and vit_tiny), vmap on CUDA, where small nets wait for launches.
+    """
+
+    def __init__(self, subject, copies, how="auto"):
+        check_choice("how", how, ("auto", "loop", "vmap"))
+        self.subject = subject
+        self.how = ("vmap" if subject.device.type == "cuda" else "loop") if how == "auto" else how
+        self.effective = perturbed_effective(subject, copies)
+        if self.how == "vmap":
+            first = self.effective[0]
+            self.effective = {name: torch.stack([e[name] for e in self.effective]) for name in first}
+
+    @torch.no_grad()
+    def logits(self, x):
+        """(copies, images, classes)."""
+        if self.how == "vmap":
+            return torch.func.vmap(self.subject.logits, in_dims=(0, None))(self.effective, x)
+        return torch.stack([self.subject.logits(e, x) for e in self.effective])
+
+
+def check_choice(name, value, accepted):
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def check_at_least(**given):
+    """Integers that must be at least 1: ValueError naming the first that is not."""
+    for name, value in given.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def _shadow(model):
+    """The model's structure, its parameters' storage (as constants), buffers of its own; in evaluation mode."""
+    memo = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor):
+                memo[id(value)] = value.detach()
+        for p in module._parameters.values():
+            if p is not None:
+                memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
+    return copy.deepcopy(model, memo).eval()
+
+
+def _detach_quantizer(layer, weights, name):
+    """Takes the weight quantizer out of a layer of the shadow; returns it if it follows the perturbation."""
+    quantizer, layer.weight_quantizer = layer.weight_quantizer, None
+    if weights == "latent":
+        if isinstance(quantizer, qnn.IntegerWeight):
+            raise ValueError(
+                f"weights='latent': layer {name} is converted to integers; accepted: 'quantized'"
+            )
+        return quantizer
+    with torch.no_grad():
+        values = quantizer(layer.weight)
+    layer.__dict__.pop("weight", None)
+    layer._parameters["weight"] = nn.Parameter(values, requires_grad=False)
+    return None

@@ -1,0 +1,192 @@
+"""Eigenvalues, trace and density of the Hessian against the exact one of tiny quantized networks."""
+
+import gc
+import importlib.util
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import qkernels as qk
+from qkernels import sharpness
+from qkernels.models.vit import Attention
+from qkernels.sharpness.subject import Subject
+
+
+def tiny(method="lsq", act_bits=4):
+    """(model, loader of two batches of different size); 60 weights, quantized."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3))
+    x, target = torch.randn(40, 1, 4, 4), torch.arange(40) % 3
+    loader = [(x[:24], target[:24]), (x[24:], target[24:])]
+    if method is not None:
+        settings = {"method": method, "weight_bits": 4, "act_bits": act_bits}
+        model = qk.calibrate(qk.quantize_(model, qk.QConfig(**settings)), loader, 2)
+    return model, loader
+
+
+def exact(model, loader, weights):
+    """The Hessian matrix of the mean loss, column by column, by autograd on the model itself."""
+    model.eval()
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    state = {}
+    for name, layer in layers:
+        quantize = getattr(layer, "weight_quantizer", None)
+        after = weights == "quantized" and quantize is not None
+        state[f"{name}.weight"] = (
+            (quantize(layer.weight) if after else layer.weight).detach().clone().requires_grad_()
+        )
+        state[f"{name}.bias"] = layer.bias.detach().clone().requires_grad_()
+    kept = [(layer, getattr(layer, "weight_quantizer", None)) for _, layer in layers]
+    if weights == "quantized":
+        for layer, _ in kept:
+            layer.weight_quantizer = None
+    leaves = list(state.values())
+    count = sum(len(t) for _, t in loader)
+    loss = (
+        sum(F.cross_entropy(functional_call(model, state, (x,)), t, reduction="sum") for x, t in loader)
+        / count
+    )
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves, create_graph=True)])
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(g, leaves, retain_graph=True)]) for g in gradient
+    ]
+    for layer, quantize in kept:
+        if quantize is not None:
+            layer.weight_quantizer = quantize
+    return torch.stack(rows).double()
+
+
+CASES = [
+    (None, "latent"),
+    ("lsq", "latent"),
+    ("lsq", "quantized"),
+    ("lsq+", "latent"),
+    ("saq", "latent"),
+    ("dorefa", "latent"),
+]
+
+
+@pytest.mark.parametrize(("method", "weights"), CASES)
+def test_eigenvalues_and_trace_of_the_exact_hessian(method, weights):
+    model, loader = tiny(method)
+    matrix = exact(model, loader, weights)
+    torch.testing.assert_close(matrix, matrix.T, rtol=1e-3, atol=1e-5)
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = values[values.abs().argsort(descending=True)]
+    found = sharpness.hessian(model, loader, F.cross_entropy, top=2, trace_samples=64, weights=weights)
+    assert found.eigenvalues == pytest.approx(values[:2].tolist(), rel=1e-3)
+    assert found.converged == [True, True]
+    assert abs(found.trace - matrix.trace().item()) <= 3 * found.trace_stderr
+    assert found.trace_stderr < 0.3 * abs(found.trace)
+    assert len(found.trace_samples) == 64
+    vector = torch.cat([t.flatten() for t in found.eigenvectors[0]]).double()
+    residual = (matrix @ vector - found.eigenvalues[0] * vector).norm()
+    assert residual <= 2e-3 * abs(found.eigenvalues[0])
+    assert found.products == sum(found.iterations) + 64
+
+
+def test_second_derivatives_are_not_silently_zero():
+    model, loader = tiny()
+    found = sharpness.hessian(model, loader, top=1, trace_samples=2)
+    assert found.eigenvalues[0] > 1e-2
+    assert found.trace > 1e-2
+
+
+def test_density_has_the_moments_of_the_spectrum():
+    model, loader = tiny()
+    values = torch.linalg.eigvalsh(exact(model, loader, "latent"))
+    density = sharpness.spectral_density(model, loader, probes=8, steps=25)
+    nodes, weights = torch.tensor(density.nodes).double(), torch.tensor(density.weights).double()
+    assert weights.sum().item() == pytest.approx(1.0, abs=1e-5)
+    assert nodes.max().item() == pytest.approx(values.max().item(), rel=1e-3)
+    assert nodes.min().item() == pytest.approx(values.min().item(), abs=1e-3 * values.max().item())
+    stderr = (2 * values.square().sum() / 8).sqrt().item() / len(values)
+    assert (nodes @ weights).item() == pytest.approx(values.mean().item(), abs=3 * stderr)
+    grid, curve = density.curve(points=400)
+    assert torch.trapezoid(torch.tensor(curve), torch.tensor(grid)).item() == pytest.approx(1.0, abs=1e-2)
+    both = sharpness.hessian(model, loader, top=0, trace_samples=0, density_probes=1, density_steps=5)
+    assert both.density.probes == 1
+    assert both.trace is None
+    assert both.to_dict()["density"]["probes"] == 1
+
+
+def test_attention_is_differentiated_twice():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = Attention(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.attention(x).mean(1))
+
+    loader = [(torch.randn(6, 3, 4), torch.arange(6) % 2)]
+    model = Net().eval()
+    found = sharpness.hessian(model, loader, top=1, trace_samples=0)
+    subject, step = Subject(model), 1e-2
+    vector = found.eigenvectors[0]
+
+    def gradient(at):
+        values = [w + at * v for w, v in zip(subject.values, vector, strict=True)]
+        return subject.gradient(values, *loader[0], F.cross_entropy)[1]
+
+    ends = zip(gradient(step), gradient(-step), vector, strict=True)
+    slope = sum(((g - h) * v).sum().item() for g, h, v in ends) / (2 * step)
+    assert found.eigenvalues[0] == pytest.approx(slope, rel=1e-2)
+    quantized = qk.calibrate(qk.quantize_(model, qk.QConfig()), loader, 1)
+    assert sharpness.hessian(quantized, loader, top=1, trace_samples=0).eigenvalues[0] > 0.1 * slope
+
+
+def test_the_model_and_memory_are_left_alone():
+    model, loader = tiny()
+    model.train()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    seen = []
+
+    def criterion(y, target):
+        seen.append(weakref.ref(y))
+        return F.cross_entropy(y, target)
+
+    gc.disable()
+    try:
+        sharpness.hessian(model, loader, criterion, top=1, trace_samples=4)
+        assert all(ref() is None for ref in seen)
+    finally:
+        gc.enable()
+    assert len(seen) > 4
+    assert model.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top": -1}, "top must be an int >= 0, got -1"),
+        ({"top": 1000}, "top must be at most 47, the number of parameters, got 1000"),
+        ({"iterations": 0}, "iterations must be an int >= 1, got 0"),
+        ({"weights": "float"}, "weights must be one of 'latent', 'quantized', got 'float'"),
+    ],
+)
+def test_bad_arguments(settings, message):
+    model, loader = tiny()
+    with pytest.raises(ValueError, match=message):
+        sharpness.hessian(model, loader, **settings)
+
+
+if importlib.util.find_spec("curvlinops"):
+
+    def test_agrees_with_curvlinops():
+        import curvlinops
+
+        model, loader = tiny(None)
+        model.eval()
+        params = [p for m in (model[0], model[4]) for p in (m.weight, m.bias)]
+        operator = curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), params, loader)
+        matrix = operator @ torch.eye(operator.shape[0])
+        found = sharpness.hessian(model, loader, top=1, trace_samples=0)
+        assert found.eigenvalues[0] == pytest.approx(
+            torch.linalg.eigvalsh(matrix).abs().max().item(), rel=1e-3
+        )
