@@ -309,7 +309,8 @@ def test_ctrl_c_in_a_real_process(tmp_path):
             break
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "stopped before the first row" in err and not out.exists()
+    assert process.returncode == 130, err
+    assert "stopped before the first row" in err and not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -325,6 +326,7 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         (["--threads", "0"], "--threads: '0' is not a list of numbers such as 1,2"),
         (["--threads", "1;2"], "--threads: '1;2' is not a list of numbers"),
         (["--repeats", "0"], "--repeats: 0 is not at least 1"),
+        (["--only", "nothing", "--backends", "eager"], "--only: no row of --suite smoke contains 'nothing'"),
         (["--resume"], "--resume: --json names the result to go on with"),
         (["--json", "{tmp}/none/out.json"], "--json: the folder of {tmp}/none/out.json does not exist"),
         (["--show", "{tmp}/none.json"], "{tmp}/none.json: no such file"),

@@ -53,13 +53,14 @@ def main(args):
                     results.append_csv(args.csv, run, group)
         except KeyboardInterrupt:
             interrupted = True
+    if not result["rows"] and interrupted:
+        say("qkernels: stopped before the first row")
+        return 130
+    if not result["rows"] and args.only:
+        raise ValueError(f"--only: no row of --suite {args.suite} contains {args.only!r}")
     if not result["rows"]:
-        say(
-            "stopped before the first row"
-            if interrupted
-            else f"--suite {args.suite}: this installation has no such rows"
-        )
-        return 130 if interrupted else 0
+        say(f"--suite {args.suite}: this installation has no such rows")
+        return 0
     show(result["rows"], args.suite, args.markdown)
     if interrupted:
         again = f"; continue with --resume --json {args.json}" if args.json else ""

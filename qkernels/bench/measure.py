@@ -83,7 +83,7 @@ def pool_size(set_bytes):
 def copy_variant(nbytes, device):
     """(variant, pool): a copy that moves ``nbytes``, half read and half written, over rotating sources."""
     count = max(nbytes // 8, 1)
-    sources = [torch.zeros(count, device=device) for _ in range(pool_size(nbytes // 2))]
+    sources = [torch.ones(count, device=device) for _ in range(pool_size(nbytes // 2))]
     out = torch.zeros(count, device=device)
     return Variant("copy", out.copy_), sources
 
