@@ -21,6 +21,12 @@
 
 namespace qk {
 
+// As many blocks on a multiprocessor as leave the registers that eight halves, four floats or four doubles need.
+template <class S>
+constexpr int kRunBlocks = sizeof(S) == 4   ? 4
+                           : sizeof(S) == 2 ? 3
+                                            : 2;
+
 template <class C>
 struct Row {
   Grid<C> grid;

@@ -10,7 +10,7 @@ struct FakeQuantizeOp {
   using C = Compute<S>;
   static constexpr int kSums = 0;
   static constexpr int kBatch = sizeof(S) > 4 ? 1 : kind == kPlain ? 4 : 2;
-  static constexpr int kBlocks = sizeof(S) <= 4 ? 4 : 2, kColumnBlocks = sizeof(S) > 4 || kind == kShift ? 2 : 3;
+  static constexpr int kBlocks = kRunBlocks<S>, kColumnBlocks = kind == kPlain && sizeof(S) <= 4 ? 3 : 2;
   static constexpr bool kCoin = throws_coin(kind);
   template <int width>
   struct Input {

@@ -31,10 +31,8 @@ struct FakeQuantizeBackwardOp {
   using Storage = S;
   using C = Compute<S>;
   static constexpr int kBatch = sizeof(S) <= 4 ? 2 : 1, kSums = common ? 1 : 2;
-  static constexpr int kBlocks = sizeof(S) > 4    ? 2
-                                 : kind == kPlain ? 4
-                                                  : 3,
-                       kColumnBlocks = common && sizeof(S) <= 4 ? 3 : 2;
+  static constexpr int kBlocks = kind == kPlain || sizeof(S) > 4 ? kRunBlocks<S> : 3;
+  static constexpr int kColumnBlocks = common && sizeof(S) <= 4 ? 3 : 2;
   static constexpr bool kCoin = throws_coin(kind);
   template <int width>
   struct Input {

@@ -9,7 +9,7 @@ template <class S>
 struct QuantizeOp {
   using Storage = S;
   using C = Compute<S>;
-  static constexpr int kBatch = sizeof(S) <= 4 ? 4 : 2, kSums = 0, kBlocks = sizeof(S) <= 4 ? 4 : 2, kColumnBlocks = 2;
+  static constexpr int kBatch = sizeof(S) <= 4 ? 4 : 2, kSums = 0, kBlocks = kRunBlocks<S>, kColumnBlocks = 2;
   static constexpr bool kCoin = false;
   template <int width>
   using Input = Chunk<S, width>;
@@ -39,7 +39,7 @@ template <class S>
 struct DequantizeOp {
   using Storage = S;
   using C = Compute<S>;
-  static constexpr int kBatch = 4, kSums = 0, kBlocks = sizeof(S) <= 4 ? 4 : 2, kColumnBlocks = 2;
+  static constexpr int kBatch = 4, kSums = 0, kBlocks = kRunBlocks<S>, kColumnBlocks = 2;
   static constexpr bool kCoin = false;
   template <int width>
   using Input = Chunk<uint8_t, width>;
