@@ -2,5 +2,7 @@
 
 from .curvature import Density, Hessian, hessian, spectral_density
 from .formulas import bounds
+from .gaps import generalization, layer_table
 from .linf import LinfSharpness, linf_sharpness
 from .measures import Report, measure
+from .surface import Landscape, landscape

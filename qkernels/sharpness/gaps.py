@@ -1,0 +1,118 @@
+"""Generalization of a trained run: train, test and corrupted test data, and what its layers look like."""
+
+import torch
+
+from ..convert import layers
+from ..corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from ..quantizers import Quantizer
+from ..training.engine import evaluate
+
+
+def generalization(model, data, corruptions=(), severities=SEVERITIES, *, seed=0, done=None, progress=None):
+    """Loss and accuracy on training, test and corrupted test images, and the gaps between them.
+
+    gap: test loss - training loss; accuracy_gap: training accuracy - test accuracy; per corruption,
+    severity, and for their means, the same against the training data.
+
+    Args:
+        model: nn.Module, evaluated on its own device. data: of ``qkernels.training.load_run`` (train_eval,
+        test).
+        corruptions: names of ``qkernels.corruptions``, or "all". severities: 1 to 5.
+        done: results of an earlier call, ``corrupted`` of which are not computed again; it is updated as
+        results come.
+        progress: called with (what, done, of).
+
+    Returns: {"train_loss", "train_acc", "test_loss", "test_acc", "gap", "accuracy_gap", "corrupted":
+        {"name": {"1": {...}}}, "mean": {"1": {...}, "all": {...}}}, JSON-ready.
+    Raises: ValueError (unknown corruption or severity, images too small). Source: QGen, tables 1, 4 to 6;
+        Hendrycks & Dietterich 2019.
+    """
+    names = CORRUPTIONS if corruptions == "all" else tuple(corruptions)
+    unknown = [n for n in names if n not in CORRUPTIONS]
+    if unknown:
+        raise ValueError(f"corruptions must be 'all' or among {', '.join(CORRUPTIONS)}; got {unknown[0]!r}")
+    wrong = [s for s in severities if s not in SEVERITIES]
+    if wrong:
+        raise ValueError(f"severities must be among {SEVERITIES}, got {wrong[0]!r}")
+    device = next(model.parameters()).device
+    found = {} if done is None else done
+    if "test_loss" not in found:
+        found["train_loss"], found["train_acc"] = evaluate(model, data.train_eval, device)
+        found["test_loss"], found["test_acc"] = evaluate(model, data.test, device)
+        found["gap"] = found["test_loss"] - found["train_loss"]
+        found["accuracy_gap"] = found["train_acc"] - found["test_acc"]
+    corrupted = found.setdefault("corrupted", {})
+    for i, name in enumerate(names):
+        for severity in severities:
+            cells = corrupted.setdefault(name, {})
+            if str(severity) not in cells:
+                loss, accuracy = evaluate(model, _Corrupted(data, name, severity, seed), device)
+                cells[str(severity)] = _against(found, loss, accuracy)
+        if progress is not None:
+            progress("corruptions", i + 1, len(names))
+    if names:
+        wanted = [str(s) for s in severities]
+        groups = {**{s: [s] for s in wanted}, "all": wanted}
+        found["mean"] = {}
+        for key, group in groups.items():
+            cells = [corrupted[n][s] for n in names for s in group]
+            loss, accuracy = (sum(c[k] for c in cells) / len(cells) for k in ("loss", "acc"))
+            found["mean"][key] = _against(found, loss, accuracy)
+    return found
+
+
+def _against(found, loss, accuracy):
+    return {
+        "loss": loss,
+        "acc": accuracy,
+        "gap": loss - found["train_loss"],
+        "accuracy_gap": found["train_acc"] - accuracy,
+    }
+
+
+class _Corrupted:
+    """The test loader with one corruption, applied to the pixels before normalisation."""
+
+    def __init__(self, data, name, severity, seed):
+        self.loader, self.arguments, self.seed = data.test, (name, severity), seed
+        # The digits' bytes end at 16.
+        self.peak = 16.0 if data.name == "digits" else 255.0
+
+    def __iter__(self):
+        first = 0
+        for x, target in self.loader:
+            mean, std = self.loader.mean / self.peak, self.loader.std / self.peak
+            pixels = (x * std + mean).clamp(0, 1)
+            pixels = corrupt(pixels, *self.arguments, seed=self.seed, start=first)
+            yield (pixels - mean) / std, target
+            first += len(x)
+
+
+@torch.no_grad()
+def layer_table(model):
+    """Per quantized layer: bits, weight norm, step sizes and quantization error. Source: QGen fig. 1, NT table 6.
+
+    weight_step, input_step: mean step size; weight_error: mean of (Q(w) - w)^2, w standardised first where the
+    quantizer does so; weight_norm: ||w||; largest: max |w|.
+    """
+    rows = []
+    for name, layer in layers(model):
+        weight, activation = layer.weight_quantizer, layer.input_quantizer
+        row = {"name": name, "weight_bits": None, "weight_step": None, "weight_error": None}
+        if layer.weight is not None:
+            row |= {"weight_norm": layer.weight.norm().item(), "largest": layer.weight.abs().max().item()}
+        if weight is not None:
+            row["weight_bits"] = weight.bits
+            row["weight_step"] = _step(weight)
+        if isinstance(weight, Quantizer):
+            error = weight(layer.weight) - weight.prepare(layer.weight)
+            row["weight_error"] = error.square().mean().item()
+        row["input_bits"] = None if activation is None else activation.bits
+        row["input_step"] = None if activation is None else _step(activation)
+        rows.append(row)
+    return rows
+
+
+def _step(quantizer):
+    scale = quantizer.grid()["scale"] if isinstance(quantizer, Quantizer) else quantizer.scale
+    return scale.abs().mean().item()

@@ -1,0 +1,234 @@
+"""`qkernels measure`: every measure of one trained run, in the run's folder."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..corruptions import SEVERITIES
+from ..training import checkpoint, load_run
+from .curvature import hessian
+from .gaps import generalization, layer_table
+from .linf import linf_sharpness
+from .measures import Report, measure, write_json
+from .surface import landscape
+
+RADII = (1e-3, 5e-4)
+# Samples, iterations and ascent steps of the bounds; steps of linf; eigenvalues, trace vectors; landscape's side.
+FULL = {"bounds": (10, 15, 20), "linf": 20, "top": 3, "trace": 32, "size": 25, "severities": SEVERITIES}
+QUICK = {"bounds": (3, 8, 5), "linf": 5, "top": 1, "trace": 8, "size": 9, "severities": (1, 5)}
+QUICK_BATCHES = 4
+
+
+def add_arguments(parser):
+    """Declares the arguments of `qkernels measure`."""
+    flag = parser.add_argument
+    flag("folder", metavar="RUN_DIR", help="a folder that `qkernels train` wrote")
+    kinds = ("latent", "quantized", "both")
+    flag("--weights", choices=kinds, default="latent", help="perturb them before or after their quantizers")
+    flag("--landscape", action="store_true", help="also landscape.json and landscape.png")
+    flag(
+        "--corruptions", action="store_true", help="also the test images under 15 corruptions x 5 severities"
+    )
+    flag("--density", action="store_true", help="also the Hessian's spectral density")
+    flag("--quick", action="store_true", help="a few batches and samples: minutes, rougher numbers")
+    flag("--batches", type=int, metavar="N", help="training batches to measure on (default: all)")
+    flag("--batch-size", type=int, metavar="N", help="of the measurement (default: the run's)")
+    flag("--which", choices=("checkpoint", "best"), default="checkpoint", help="the last weights or the best")
+    flag("--noise", choices=("std", "variance"), default="std", help="sigma, or sigma^2, is the deviation")
+    flag("--seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
+    flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    flag("--threads", type=int, metavar="N", help="CPU threads")
+    flag("--restart", action="store_true", help="forget what an earlier call measured")
+    flag("--quiet", action="store_true", help="no progress")
+
+
+def main(args):
+    """Runs `qkernels measure`; returns the exit code."""
+    for name in ("batches", "batch_size", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} is not a positive number")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    out = Path(args.folder)
+    model, data, config = load_run(out, args.device, args.batch_size, args.which)
+    kinds = ("latent", "quantized") if args.weights == "both" else (args.weights,)
+    if not config["method"]:
+        kinds = ("latent",)  # a float run has no quantizers to be before or after
+    run = Run(args, out, model, data)
+    try:
+        run.once("generalization", run.generalization, again=args.corruptions)
+        run.once("layers", lambda: layer_table(model))
+        for kind in kinds:
+            run.kind(kind)
+        for kind in kinds if args.landscape else ():
+            run.picture(kind, "" if len(kinds) == 1 else f"_{kind}")
+    finally:
+        run.progress.close()
+    print(table(run.results))
+    print(f"written to {run.path}")
+    return 0
+
+
+class Run:
+    """What was measured so far, kept in RUN_DIR/measures.json after every section and continued from there."""
+
+    def __init__(self, args, out, model, data):
+        self.args, self.out, self.model, self.data = args, out, model, data
+        self.sizes = QUICK if args.quick else FULL
+        batches = args.batches or (QUICK_BATCHES if args.quick else None)
+        self.common = {"batches": batches, "seed": args.seed}
+        self.path, self.progress = out / "measures.json", Progress(args.quiet)
+        total = sum(p.double().sum().item() for p in model.parameters())
+        settings = {
+            "quick": args.quick,
+            "noise": args.noise,
+            "which": args.which,
+            "sum": total,
+            **self.common,
+        }
+        old = {} if args.restart or not self.path.exists() else _read(self.path)
+        self.results = old if old.get("settings") == settings else {"settings": settings}
+
+    def once(self, key, compute, again=False):
+        """Measures a section unless it is there (``again``: anyway, it continues by itself), and writes the file."""
+        if again or key not in self.results:
+            began = time.perf_counter()
+            self.results[key] = compute()
+            seconds = self.results.setdefault("seconds", {})
+            seconds[key] = seconds.get(key, 0.0) + time.perf_counter() - began
+            write_json(self.path, self.results)
+
+    def generalization(self):
+        """Losses, accuracies and gaps; with --corruptions the file is written as each corruption is done."""
+        found = dict(self.results.get("generalization", {}))
+
+        def tell(*what):
+            write_json(self.path, {**self.results, "generalization": found})
+            self.progress(*what)
+
+        names = "all" if self.args.corruptions else ()
+        settings = {"seed": self.args.seed, "done": found, "progress": tell}
+        return generalization(self.model, self.data, names, self.sizes["severities"], **settings)
+
+    def kind(self, weights):
+        """The bounds, boxes and curvature of latent or quantized weights."""
+        initial = self.out / "initial.safetensors"
+        loader, common = self.data.train_eval, {"weights": weights, **self.common}
+        partial = self.out / f"bounds_{weights}.partial.json"
+        samples, iterations, ascent_steps = self.sizes["bounds"]
+
+        def bounds():
+            return asdict(measure(
+                self.model, loader, checkpoint.load_model(initial), noise=self.args.noise, samples=samples,
+                iterations=iterations, ascent_steps=ascent_steps, m=self.data.train_size, out=partial,
+                progress=self.progress, **common,
+            ))  # fmt: skip
+
+        def boxes():
+            found = {}
+            for i, rho in enumerate(RADII):
+                box = linf_sharpness(
+                    self.model, loader, F.cross_entropy, rho, steps=self.sizes["linf"], **common
+                )
+                found[f"{rho:g}"] = asdict(box)
+                self.progress("linf", i + 1, len(RADII))
+            return found
+
+        def curvature():
+            return hessian(
+                self.model, loader, F.cross_entropy, self.sizes["top"], self.sizes["trace"],
+                density_probes=4 if self.args.density else 0, progress=self.progress, **common,
+            ).to_dict()  # fmt: skip
+
+        if initial.exists():
+            self.once(f"bounds_{weights}", bounds)
+            partial.unlink(missing_ok=True)
+        self.once(f"linf_{weights}", boxes)
+        old = self.results.get(f"hessian_{weights}", {})
+        self.once(f"hessian_{weights}", curvature, again=self.args.density and old.get("density") is None)
+
+    def picture(self, weights, suffix):
+        path = self.out / f"landscape{suffix}.json"
+        if self.args.restart:
+            path.unlink(missing_ok=True)
+        found = landscape(
+            self.model, self.data.train_eval, F.cross_entropy, self.sizes["size"], weights=weights, out=path,
+            progress=self.progress, **self.common,
+        )  # fmt: skip
+        found.plot(path.with_suffix(".png"))
+
+
+def _read(path):
+    try:
+        values = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def table(results):
+    """The measures as text."""
+    g = results["generalization"]
+    sides = (
+        f"{side} loss {g[f'{side}_loss']:.4f}  accuracy {g[f'{side}_acc']:.2%}" for side in ("train", "test")
+    )
+    lines = ["    ".join([*sides, f"gap {g['gap']:.4f}"])]
+    if "mean" in g:
+        mean = g["mean"]["all"]
+        lines.append(
+            f"corrupted: loss {mean['loss']:.4f}  accuracy {mean['acc']:.2%}    gap {mean['gap']:.4f}"
+        )
+    for kind in ("latent", "quantized"):
+        if f"hessian_{kind}" not in results:
+            continue
+        lines.append("")
+        if f"bounds_{kind}" in results:
+            lines.append(str(Report(**results[f"bounds_{kind}"])))
+        for rho, box in results[f"linf_{kind}"].items():
+            keskar = f"Keskar {box['keskar']:.3f}"
+            lines.append(f"L-infinity {rho:>6}    difference {box['difference']:.5f}    {keskar}")
+        h = results[f"hessian_{kind}"]
+        values = [f"{v:.4g}{'' if c else '?'}" for v, c in zip(h["eigenvalues"], h["converged"], strict=True)]
+        trace = f"trace {h['trace']:.4g} +- {h['trace_stderr']:.2g}"
+        lines.append(f"Hessian of {kind} weights: eigenvalues {', '.join(values)}    {trace}")
+    return "\n".join(lines)
+
+
+class Progress:
+    """A bar on a terminal, else a line on stderr when a part is done."""
+
+    def __init__(self, quiet):
+        self.quiet, self.bar, self.what = quiet, None, None
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def __call__(self, what, done, of):
+        if self.quiet:
+            return
+        if what != self.what:
+            self.close()
+            self.what, self.bar = what, _bar(what, of)
+        if self.bar is not None:
+            self.bar.n = done
+            self.bar.refresh()
+        elif done == of:
+            print(f"{what}: done", file=sys.stderr, flush=True)
+
+
+def _bar(what, of):
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm(total=of, desc=what, leave=False)

@@ -1,0 +1,176 @@
+"""The loss landscape around the weights along filter-normalised random directions."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..perturbation import filter_normalized, perturb
+from .data import Data
+from .measures import write_json
+from .subject import Copies, Subject, check_at_least
+
+_WRITE_EVERY = 2.0  # seconds
+
+
+@dataclass
+class Landscape:
+    """Loss and accuracy on a grid with coordinates at; 2-D: loss[i][j] at (at[i], at[j]); None: not finite."""
+
+    dimensions: int
+    at: list
+    loss: list
+    accuracy: list
+    settings: dict
+
+    def to_json(self, path):
+        """Write the landscape, atomically. Returns the path."""
+        write_json(path, asdict(self))
+        return path
+
+    @classmethod
+    def from_json(cls, path):
+        """Read what to_json wrote; ValueError where the file holds something else."""
+        values = json.loads(Path(path).read_text())
+        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
+            raise ValueError(f"path must be a landscape of qk.sharpness.landscape, {path} is not")
+        return cls(**values)
+
+    def plot(self, path, title=None):
+        """A picture: contours and surface of the loss (2-D), or loss and accuracy (1-D). Returns the path.
+
+        Losses above ten times the range's lower half are cut. Raises: ImportError without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plot needs matplotlib: pip install qkernels[measure]") from error
+        figure = Figure(figsize=(11, 4.5) if self.dimensions == 2 else (6, 4.5), layout="constrained")
+        (_plot_surface if self.dimensions == 2 else _plot_line)(self, figure)
+        figure.suptitle(title or f"loss around the {self.settings['weights']} weights")
+        figure.savefig(path, dpi=120)
+        return path
+
+
+def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, dimensions=2, weights="latent",
+              parameters="weights", batches=None, seed=0, copies=8, how="auto", out=None, progress=None):  # fmt: skip
+    """The loss at w + a d0 (+ b d1), a and b on ``size`` points of [-span, span], d random and filter-normalised.
+
+    d_f <- d_f ||w_f|| / ||d_f|| for every filter f; biases stay. BatchNorm's statistics, step sizes and clip
+    levels are fixed. ``weights="latent"`` moves the weights before their quantizers, which gives terraces;
+    "quantized" moves the quantized weights themselves. The model is left as it is.
+
+    Args:
+        criterion: criterion(logits, target) -> mean loss of a batch. dimensions: 1 or 2.
+        size: points per side; an odd one has the weights themselves in the middle. span: > 0.
+        copies: grid points per pass over the loader. out: JSON file, written as the points come; continued
+            if it is of the same call on the same weights. progress: called with ("landscape", points done,
+            points).
+
+    Returns: Landscape. Raises: ValueError naming the argument.
+    Source: Li et al. 2018, sections 3 and 4.
+    """
+    check_at_least(size=size, copies=copies)
+    if dimensions not in (1, 2):
+        raise ValueError(f"dimensions must be 1 or 2, got {dimensions!r}")
+    if not isinstance(span, (int, float)) or not 0 < span < math.inf:
+        raise ValueError(f"span must be a positive number, got {span!r}")
+    subject = Subject(model, weights, parameters)
+    data = Data(loader, subject.device, batches)
+    settings = {
+        "size": size, "span": span, "dimensions": dimensions, "weights": weights, "parameters": parameters,
+        "seed": seed, "images": data.size, "sum": sum(w.double().sum().item() for w in subject.values),
+    }  # fmt: skip
+    zeros = [torch.zeros_like(w) for w in subject.values]
+    drawn = perturb(zeros, "normal", std=1.0, num=dimensions, seed=seed)
+    directions = [filter_normalized(d, subject.values) for d in drawn]
+    at = [span * (2 * i / (size - 1) - 1) if size > 1 else 0.0 for i in range(size)]
+    grid = [[a] for a in at] if dimensions == 1 else [[a, b] for a in at for b in at]
+    found = _continued(out, settings)
+    written = time.monotonic()
+    while len(found) < len(grid):
+        points = grid[len(found) : len(found) + copies]
+        places = points if dimensions == 2 else [point[0] for point in points]
+        moved = perturb(
+            subject.values, "direction", at=places, num=len(points),
+            directions=directions if dimensions == 2 else directions[0],
+        )  # fmt: skip
+        found += _evaluate(Copies(subject, moved, how), data, criterion)
+        if progress is not None:
+            progress("landscape", len(found), len(grid))
+        if out is not None and time.monotonic() - written > _WRITE_EVERY:
+            write_json(out, {"settings": settings, "points": found})
+            written = time.monotonic()
+    columns = [[_finite(point[c]) for point in found] for c in (0, 1)]
+    if dimensions == 2:
+        columns = [[column[i : i + size] for i in range(0, len(column), size)] for column in columns]
+    result = Landscape(dimensions, at, *columns, settings)
+    if out is not None:
+        result.to_json(out)
+    return result
+
+
+def _evaluate(copies, data, criterion):
+    """[(mean loss, accuracy)] of the copies."""
+    loss, correct = 0.0, 0.0
+    for x, target in data:
+        logits = copies.logits(x)
+        share = len(target) / data.size
+        loss = loss + torch.stack([criterion(y, target) for y in logits]).double() * share
+        right = logits.argmax(-1) == target if not target.is_floating_point() else torch.zeros(len(logits), 1)
+        correct = correct + right.double().mean(1) * share
+    return [list(point) for point in zip(loss.tolist(), correct.tolist(), strict=True)]
+
+
+def _continued(out, settings):
+    """The points an earlier call with these settings left in ``out``."""
+    if out is None or not Path(out).exists():
+        return []
+    try:
+        old = json.loads(Path(out).read_text())
+    except ValueError:
+        return []
+    if not isinstance(old, dict) or old.get("settings") != settings:
+        return []
+    if "points" in old:
+        return old["points"]
+    pair = [old["loss"], old["accuracy"]]
+    if old["dimensions"] == 2:
+        pair = [[value for row in column for value in row] for column in pair]
+    return [list(point) for point in zip(*pair, strict=True)]
+
+
+def _finite(value):
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _plot_line(found, figure):
+    axes = figure.subplots()
+    loss = [math.nan if v is None else v for v in found.loss]
+    axes.plot(found.at, loss, color="tab:blue")
+    axes.set(xlabel="distance along the direction", ylabel="loss")
+    right = axes.twinx()
+    right.plot(found.at, found.accuracy, color="tab:red", linestyle="--")
+    right.set_ylabel("accuracy (dashed)", color="tab:red")
+
+
+def _plot_surface(found, figure):
+    import numpy as np
+
+    loss = np.array([[math.nan if v is None else v for v in row] for row in found.loss])
+    middle = np.nanmedian(loss)
+    low = np.nanmin(loss)
+    loss = np.minimum(np.where(np.isnan(loss), math.inf, loss), low + 10 * max(middle - low, 1e-12))
+    first, second = np.meshgrid(found.at, found.at, indexing="ij")
+    axes = figure.add_subplot(1, 2, 1)
+    lines = axes.contour(first, second, loss, levels=20, cmap="viridis")
+    axes.clabel(lines, fontsize=7)
+    axes.plot(0, 0, "r+", markersize=10)
+    axes.set(xlabel="first direction", ylabel="second direction", aspect="equal")
+    surface = figure.add_subplot(1, 2, 2, projection="3d")
+    surface.plot_surface(first, second, loss, cmap="viridis", linewidth=0)
+    surface.set(xlabel="first", ylabel="second", zlabel="loss")

@@ -1,0 +1,209 @@
+"""The loss landscape, generalization under corruption, and `qkernels measure` on a real run."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import qkernels as qk
+from qkernels import sharpness
+from qkernels.cli import main
+from qkernels.random import normal
+from qkernels.training import load_run, make_config, train
+
+
+@pytest.fixture(scope="module")
+def net():
+    """(model, loader): a small quantized net with some batch-norm statistics."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    x, target = torch.randn(48, 1, 4, 4), torch.arange(48) % 3
+    loader = list(zip(x.split(20), target.split(20), strict=True))
+    model = qk.calibrate(qk.quantize_(model, qk.QConfig(weight_bits=4, act_bits=4)), loader, 2)
+    model.train()(x)
+    return model, loader
+
+
+@pytest.mark.parametrize("weights", ["latent", "quantized"])
+def test_every_point_is_the_loss_at_that_point(net, weights):
+    model, loader = net
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = sharpness.landscape(model, loader, F.cross_entropy, 5, 0.5, weights=weights, seed=7, copies=4)
+    assert found.at == [-0.5, -0.25, 0.0, 0.25, 0.5]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training
+    x, target = (torch.cat(t) for t in zip(*loader, strict=True))
+    model.eval()
+    logits = model(x)
+    assert found.loss[2][2] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+    assert found.accuracy[2][2] == pytest.approx((logits.argmax(1) == target).double().mean().item())
+    if weights == "quantized":
+        return
+    state = {}
+    for t, (name, w) in enumerate(
+        (n, p) for n, p in model.named_parameters() if n in ("0.weight", "0.bias", "4.weight", "4.bias")
+    ):
+        state[name] = w.detach().clone()
+        for k, at in enumerate((0.25, -0.5)):
+            d = normal(torch.tensor([7]), (k << 32) + t, w.numel()).view(w.shape)
+            if w.dim() > 1:
+                flat = d.flatten(1) * (w.detach().flatten(1).norm(dim=1) / d.flatten(1).norm(dim=1))[:, None]
+                state[name] += at * flat.view(w.shape)
+    expected = F.cross_entropy(functional_call(model, state, (x,)), target).item()
+    assert found.loss[3][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_latent_weights_give_terraces_and_quantized_ones_do_not(net):
+    model, loader = net
+    loss = {
+        weights: sharpness.landscape(model, loader, size=21, span=1e-3, dimensions=1, weights=weights).loss
+        for weights in ("latent", "quantized")
+    }
+    assert len(set(loss["latent"])) < len(set(loss["quantized"]))
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_landscape_is_plotted_written_and_continued(net, tmp_path, monkeypatch, dimensions):
+    model, loader = net
+    settings = {"size": 5, "dimensions": dimensions, "copies": 2}
+    whole = sharpness.landscape(model, loader, **settings)
+    path = tmp_path / "landscape.json"
+    monkeypatch.setattr("qkernels.sharpness.surface._WRITE_EVERY", 0.0)
+
+    def stop(what, done, of):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sharpness.landscape(model, loader, out=path, progress=stop, **settings)
+    assert len(json.loads(path.read_text())["points"]) == 2
+    seen = []
+    found = sharpness.landscape(model, loader, out=path, progress=lambda w, d, n: seen.append(d), **settings)
+    assert seen[0] == 4
+    assert found == whole == sharpness.Landscape.from_json(path)
+    seen.clear()
+    assert (
+        sharpness.landscape(model, loader, out=path, progress=lambda *a: seen.append(a), **settings) == whole
+    )
+    assert seen == []
+    picture = found.plot(tmp_path / "landscape.png")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert picture.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, "size must be an int >= 1, got 0"),
+        ({"dimensions": 3}, "dimensions must be 1 or 2, got 3"),
+        ({"span": 0.0}, "span must be a positive number, got 0.0"),
+        ({"weights": "float"}, "weights must be one of"),
+    ],
+)
+def test_bad_arguments(net, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sharpness.landscape(*net, **settings)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "lsq"
+    config = make_config(
+        recipe="lsq", model="nin_d1_w1", data="digits", epochs=1, float_epochs=1, batch_size=128
+    )
+    train(config, out, quiet=True)
+    return out
+
+
+def test_generalization_under_corruption(run_dir):
+    model, data, _ = load_run(run_dir)
+    found = sharpness.generalization(model, data, ("contrast", "gaussian_noise"), (1, 5))
+    result = json.loads((run_dir / "result.json").read_text())
+    assert found["test_acc"] == pytest.approx(result["test_acc"])
+    assert found["gap"] == pytest.approx(result["test_loss"] - result["train_loss"], rel=1e-3)
+    cells = [found["corrupted"][n][s] for n in ("contrast", "gaussian_noise") for s in ("1", "5")]
+    assert found["mean"]["all"]["loss"] == pytest.approx(sum(c["loss"] for c in cells) / 4)
+    assert found["mean"]["5"]["gap"] == pytest.approx(found["mean"]["5"]["loss"] - found["train_loss"])
+    assert len({c["loss"] for c in cells} | {found["test_loss"]}) == 5
+    again = sharpness.generalization(model, data, ("contrast", "gaussian_noise"), (1, 5))
+    assert again == found
+    with pytest.raises(ValueError, match="corruptions must be 'all' or among .*; got 'rain'"):
+        sharpness.generalization(model, data, ("rain",))
+    with pytest.raises(ValueError, match="severities must be among"):
+        sharpness.generalization(model, data, ("fog",), (6,))
+
+
+def test_layer_table(run_dir):
+    model, _, _ = load_run(run_dir)
+    rows = sharpness.layer_table(model)
+    name, layer = qk.convert.layers(model)[1]
+    row = next(r for r in rows if r["name"] == name)
+    assert row["weight_bits"] == 4
+    assert row["weight_step"] == pytest.approx(layer.weight_quantizer.scale.abs().mean().item())
+    error = (layer.quantized_weight() - layer.weight).square().mean().item()
+    assert row["weight_error"] == pytest.approx(error)
+    assert 0 < row["weight_error"] < row["weight_step"] ** 2
+
+
+def test_measure_command(run_dir, capsys, monkeypatch):
+    arguments = [
+        "measure",
+        str(run_dir),
+        "--quick",
+        "--batches",
+        "1",
+        "--weights",
+        "both",
+        "--landscape",
+        "--quiet",
+    ]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "sharpness_mag_orig" in text
+    assert "Hessian of quantized weights" in text
+    found = json.loads((run_dir / "measures.json").read_text())
+    for kind in ("latent", "quantized"):
+        assert set(found[f"linf_{kind}"]) == {"0.001", "0.0005"}
+        assert found[f"bounds_{kind}"]["network"]["m"] == 1437
+        assert len(found[f"hessian_{kind}"]["trace_samples"]) == 8
+        assert (run_dir / f"landscape_{kind}.png").stat().st_size > 5000
+    assert {r["name"] for r in found["layers"]} == {n for n, _ in qk.convert.layers(load_run(run_dir)[0])}
+
+    def never(*_, **__):
+        raise AssertionError("measured again")
+
+    for name in ("measure", "linf_sharpness", "hessian", "layer_table"):
+        monkeypatch.setattr(f"qkernels.sharpness.measure_command.{name}", never)
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_measure_command_refuses(tmp_path, run_dir, capsys):
+    assert main(["measure", str(tmp_path / "nothing")]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+    assert main(["measure", str(run_dir), "--batches", "0"]) == 2
+    assert "--batches: 0 is not a positive number" in capsys.readouterr().err
+
+
+def test_measure_command_is_interrupted_and_continued(run_dir):
+    path = run_dir / "measures.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "qkernels", "measure", str(run_dir), "--threads", "1", "--corruptions"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130, error
+    assert "interrupted" in error
+    found = json.loads(path.read_text())["generalization"]
+    assert 0 < len(found["corrupted"]) <= 15
