@@ -58,8 +58,7 @@ def sum_rows(terms: torch.Tensor, rows: int, axis: int) -> torch.Tensor:
     terms = terms.double()
     if rows == 1:
         return terms.sum().reshape(1)
-    kept = 0 if axis == FLAT else axis
-    return terms.sum(dim=[d for d in range(terms.dim()) if d != kept])
+    return terms.movedim(0 if axis == FLAT else axis, 0).reshape(rows, -1).sum(1)
 
 
 def from_memory(flat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

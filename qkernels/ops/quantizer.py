@@ -64,8 +64,11 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max, grad_scale,
                 clip_only, ewgs, noise, a, b, stream):  # fmt: skip
-        return backend.op("fake_quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max, noise, a, b, seed,
-                                           stream, shift, shift_scale)  # fmt: skip
+        y = backend.op("fake_quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max, noise, a, b, seed,
+                                        stream, shift, shift_scale)  # fmt: skip
+        if axis == layout.FLAT and scale.numel() > 1:  # rows in logical order: y is contiguous, whatever x is
+            y = layout.aligned(y, layout.dense(x))
+        return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -215,6 +218,9 @@ def granularity(x, scale, axis, group_size) -> int:
         )
     if axis is not None and group_size is not None:
         raise ValueError(f"give axis or group_size, not both; got {axis=}, {group_size=}")
+    for name, value in (("axis", axis), ("group_size", group_size)):
+        if value is not None and not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
     if axis is not None:
         if not -x.dim() <= axis < x.dim():
             raise ValueError(
@@ -261,10 +267,14 @@ def _prepare(x, scale, offset, zero_point, axis, group_size):
     if scale.dtype != compute:
         scale = scale.to(compute)
     if offset is not None:
+        if not isinstance(offset, torch.Tensor) or not offset.is_floating_point():
+            got = offset.dtype if isinstance(offset, torch.Tensor) else repr(offset)
+            raise TypeError(f"offset must be a floating-point tensor of shape (1,) or (rows,), got {got}")
         offset = _per_row("offset", offset, scale).to(compute)
     if zero_point is not None:
-        if zero_point.is_floating_point():
-            raise TypeError(f"zero_point must be an int or an integer tensor, got {zero_point.dtype}")
+        if not isinstance(zero_point, torch.Tensor) or zero_point.is_floating_point():
+            got = zero_point.dtype if isinstance(zero_point, torch.Tensor) else repr(zero_point)
+            raise TypeError(f"zero_point must be an int or an integer tensor, got {got}")
         zero_point = _per_row("zero_point", zero_point, scale).to(torch.int32)
     return scale, offset, zero_point, axis
 
@@ -306,6 +316,10 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
         kind, a, b = noise.code()
         if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
             raise ValueError(f"noise needs seed, an int64 tensor of shape (1,), got {seed!r}")
+        if seed.device != x.device:
+            raise ValueError(f"seed must be on {x.device} as x is, got {seed.device}")
+        if shift is not None:
+            raise ValueError(f"give shift or noise, not both; got noise={noise!r}")
         seed = seed.reshape(1)
     elif shift is not None:
         if shift.shape != x.shape or shift.dtype != x.dtype:
