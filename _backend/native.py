@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 WORK = ROOT / "build" / "native"
 MINIMUM_TORCH = "2.10"
-DEFAULT_ARCHS = "80;86;89;90;100;120"
+DEFAULT_ARCHS = "80;90;100"
 ELEMENTS = "_elements" + sysconfig.get_config_var("EXT_SUFFIX")
 
 # No contraction and no fast-math: every backend rounds each operation alike. Giving up traps and errno

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/philox.h"
 #include "cpu/types.h"
 #include "math/quantize.h"
 
@@ -97,14 +98,18 @@ QK_HD const Compute<S>* draw(Variates<S> from, int64_t first, int64_t count, Com
   }
   const uint64_t counter = uint64_t(first) >> 2;
   const int64_t skip = first & 3, counters = (skip + count + 3) >> 2;
-  for (int64_t j = 0; j < counters; ++j) {
-    const Words words = philox(from.seed, from.stream, counter + uint64_t(j));
-    if (kind == kTempering || kind == kPseudoNormal) {
-      const Normals n = normals(words);
-      for (int k = 0; k < 4; ++k) out[4 * j + k] = C(kind == kPseudoNormal ? 0.5f * n.n[k] : n.n[k]);
-    } else {
-      for (int k = 0; k < 4; ++k) {
-        out[4 * j + k] = C(kind == kStochastic ? uniform(words.w[k]) : uniform(words.w[k]) - 0.5f);
+  WordBlock block;
+  for (int64_t begin = 0; begin < counters; begin += kCounters) {
+    const int64_t length = std::min(kCounters, counters - begin);
+    philox_block(from.seed, from.stream, counter + uint64_t(begin), length, block);
+    C* to = out + 4 * begin;
+    for (int64_t j = 0; j < length; ++j) {
+      const Words words = {{block.w[0][j], block.w[1][j], block.w[2][j], block.w[3][j]}};
+      if (kind == kTempering || kind == kPseudoNormal) {
+        const Normals n = normals(words);
+        for (int k = 0; k < 4; ++k) to[4 * j + k] = C(kind == kPseudoNormal ? 0.5f * n.n[k] : n.n[k]);
+      } else {
+        for (int k = 0; k < 4; ++k) to[4 * j + k] = C(uniform(words.w[k]) - (kind == kStochastic ? 0.0f : 0.5f));
       }
     }
   }
