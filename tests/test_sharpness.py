@@ -11,7 +11,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels import random, sharpness
-from qkernels.sharpness import formulas
+from qkernels.sharpness import formulas, search
 from qkernels.sharpness.data import Data
 from qkernels.sharpness.subject import Copies, Subject
 
@@ -106,7 +106,7 @@ def plain_search(model, loader, magnitude, noise, samples, eps=1e-3, seed=0):
         for k in range(samples):
             network = copy.deepcopy(model)
             layers = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-            for t, w in enumerate(p for m in layers for p in (m.weight, m.bias)):
+            for t, w in enumerate(p for m in layers for p in (m.weight, m.bias) if p is not None):
                 n = random.normal(torch.tensor([seed]), (k << 32) + t, w.numel()).view(w.shape)
                 if noise == "variance":
                     deviation = size**2 * w**2 + eps**2 if magnitude else size**2
@@ -368,3 +368,38 @@ def test_linf_grows_with_the_box_and_stays_in_it(trained, weights, monkeypatch):
     assert_untouched(model, before)
     with pytest.raises(ValueError, match="rho must be a positive number, got 0"):
         sharpness.linf_sharpness(model, loader, rho=0)
+
+
+class Table:
+    """Copies whose predictions are given: right[k, i] for copy k and image i, the image's number being its pixel."""
+
+    def __init__(self, right):
+        self.right = right
+
+    def logits(self, x):
+        right = self.right[:, x.flatten().long()].float()
+        return torch.stack([right, 1 - right], 2)
+
+
+@pytest.mark.parametrize("worst", [False, True])
+@pytest.mark.parametrize("confidence", [None, 4.0])
+def test_a_step_that_ends_early_has_the_verdict_of_the_whole(worst, confidence):
+    generator = torch.Generator().manual_seed(1)
+    n, ended = 1000, 0
+    x, target = torch.arange(n).float().view(n, 1), torch.zeros(n, dtype=torch.long)
+    data = Data([(x[i : i + 100], target[i : i + 100]) for i in range(0, n, 100)], "cpu", seed=0)
+    base = torch.rand(1, n, generator=generator) < 0.9
+    scores = search.Scores.unperturbed(data, Table(base))["accuracy"]
+    assert scores.mean == pytest.approx(base.double().mean().item())
+    for _ in range(150):
+        hard = torch.rand(n, generator=generator) * torch.rand(1, generator=generator)
+        right = base & (torch.rand(5, n, generator=generator) > hard * 0.5)
+        drops = base.double().mean() - right.double().mean(1)
+        displacement = (drops.max() if worst else drops.mean()).item()
+        rule = search.Rule(0.1, 0.01, worst, confidence)
+        step = rule.evaluate(Table(right), scores, search.Counter())
+        ended += step.decided != "complete"
+        expected = "within" if abs(displacement - 0.1) < 0.01 else "above" if displacement > 0.1 else "below"
+        assert step.verdict == expected
+        assert (step.images == n) == (step.decided == "complete")
+    assert ended > 60

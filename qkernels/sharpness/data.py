@@ -3,6 +3,7 @@
 import torch
 
 _IN_MEMORY = 2 << 30  # bytes
+_FIRST = 32  # images of the first of the growing batches
 
 
 class Data:
@@ -11,8 +12,7 @@ class Data:
     Args:
         loader: re-iterable of (x, target, ...), tensors with the images along dimension 0. batches: use only
         so many.
-        seed: rearrange kept images (a sample of the first n is then a random one) in batches of at most a
-        sixteenth.
+        seed: rearrange kept images, so that the first n are a random sample.
     Raises: ValueError (no batch, ``batches`` < 1), TypeError (not a pair of tensors), RuntimeError when a
     loader too big to be kept gives other targets at a later pass, as with shuffling.
     """
@@ -33,16 +33,19 @@ class Data:
             raise ValueError("loader gave no batch")
         self.size = sum(len(target) for target in self.targets)
         same_shape = self.kept is not None and len({x.shape[1:] for x, _ in self.kept}) == 1
-        self.shuffled = seed is not None and same_shape
+        self.shuffled, self.growing = seed is not None and same_shape, None
         if self.shuffled:
             self._rearrange(seed)
 
     def _rearrange(self, seed):
         x, target = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).to(x.device)
-        size = min(len(self.targets[0]), max(32, -(-self.size // 16)))
-        self.kept = list(zip(x[order].split(size), target[order].split(size), strict=True))
-        self.targets = [t for _, t in self.kept]
+        x, target, most = x[order], target[order], len(self.targets[0])
+        self.kept = list(zip(x.split(most), target.split(most), strict=True))
+        sizes = []
+        while sum(sizes) < self.size:
+            sizes.append(min(max(sum(sizes), _FIRST), most, self.size - sum(sizes)))
+        self.growing = list(zip(x.split(sizes), target.split(sizes), strict=True))
 
     def _read(self):
         for i, batch in enumerate(self.loader):
@@ -62,5 +65,6 @@ class Data:
                 raise RuntimeError("loader gives other batches at each pass: give one without shuffling")
             yield batch
 
-    def __len__(self):
-        return len(self.targets)
+    def samples(self):
+        """The batches for a mean that may be decided early: of rearranged images, small ones first."""
+        return self if self.growing is None else self.growing

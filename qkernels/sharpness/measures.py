@@ -83,7 +83,7 @@ class Report:
 def measure(model, loader, initial, *, weights="latent", noise="std", target="accuracy", ball="linf", over="worst",
             parameters="weights", seed=0, iterations=15, samples=10, target_deviation=0.1, tolerance=0.01,
             upper=2.0, ascent_steps=20, ascent_lr=1e-4, eps=1e-3, delta=None, m=None, batches=None,
-            confidence=5.0, how="auto", out=None, progress=None):  # fmt: skip
+            confidence=4.0, how="auto", out=None, progress=None):  # fmt: skip
     """The eight measures of QGen: PAC-Bayes and sharpness, from init and origin, plain and magnitude-aware.
 
     sigma: standard deviation of normal noise on the weights (sigma |w|, with eps, magnitude-aware) at which

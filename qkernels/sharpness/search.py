@@ -40,7 +40,7 @@ class Scores:
     def unperturbed(cls, data, copies):
         """{"accuracy": Scores, "loss": Scores} of one copy, from one pass."""
         parts = {"accuracy": [], "loss": []}
-        for x, target in data:
+        for x, target in data.samples():
             logits = copies.logits(x)
             for name, found in parts.items():
                 found.append(_scores(name, logits, target)[0])
@@ -76,7 +76,7 @@ class Rule:
     is certain.
     """
 
-    def __init__(self, target, tolerance, worst=False, confidence=5.0):
+    def __init__(self, target, tolerance, worst=False, confidence=4.0):
         self.target, self.tolerance, self.worst, self.confidence = target, tolerance, worst, confidence
         self.low, self.high = target - tolerance, target + tolerance
 
@@ -93,7 +93,7 @@ class Rule:
         """The Step (without its size) of these copies."""
         data, seen = scores.data, 0
         columns, sums, squares = None, 0.0, 0.0
-        for x, target in data:
+        for x, target in data.samples():
             d = scores.displacement(scores.of(copies.logits(x), target), seen)
             columns = d.sum(1) if columns is None else columns + d.sum(1)
             grouped = d if self.worst else d.mean(0, keepdim=True)
