@@ -55,7 +55,8 @@ def has_triton() -> bool:
 
 
 _TRITON_OPS = {"fake_quantize", "fake_quantize_backward", "quantize", "dequantize", "pack", "unpack",
-               "standardized_distance", "standardized_distance_backward"}  # fmt: skip
+               "standardized_distance", "standardized_distance_backward", "multi_norm", "multi_dot",
+               "multi_perturb"}  # fmt: skip
 
 
 def _triton(name: str):

@@ -52,6 +52,15 @@ Tensors in_order(const Tensors& list, const Tensors& like, const char* name) {
   return result;
 }
 
+bool same_memory_order(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return a.numel() == b.numel();
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) {
+    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
+  }
+  return same;
+}
+
 Tensors dense_all(const Tensors& list) {
   Tensors result;
   result.reserve(list.size());
@@ -171,19 +180,18 @@ Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
 
 // --- perturbed copies ---
 
-// Writes a finished block; past the caches where the whole output is larger than they are, which spares reading it.
-inline void emit(void* to, const void* from, size_t bytes, bool streamed) {
+// Spares reading an output that is larger than the caches before it is overwritten.
+inline void write_past_caches(void* to, const void* from, size_t bytes) {
+  size_t done = 0;
 #if QK_VECTOR_PHILOX
-  if (streamed && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    const size_t whole = bytes / 16;
-    for (size_t i = 0; i < whole; ++i) {
-      _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    for (; done + 16 <= bytes; done += 16) {
+      const __m128i word = _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + done));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + done), word);
     }
-    memcpy(static_cast<char*>(to) + whole * 16, static_cast<const char*>(from) + whole * 16, bytes % 16);
-    return;
   }
 #endif
-  memcpy(to, from, bytes);
+  memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, bytes - done);
 }
 
 // A piece's tensors, and the copies it goes to: copy k at out[k * stride].
@@ -194,13 +202,13 @@ struct Task {
 };
 
 struct Plan {
-  std::vector<Numbers<double>> numbers;  // by copy
+  std::vector<MoveNumbers<double>> numbers;  // by copy
   uint64_t seed;
   int64_t first_copy;
   bool streamed;
 
   bool same(size_t k) const {
-    const Numbers<double>&x = numbers[k], &y = numbers[k - 1];
+    const MoveNumbers<double>&x = numbers[k], &y = numbers[k - 1];
     return x.a == y.a && x.b == y.b && x.c == y.c;
   }
 };
@@ -226,12 +234,29 @@ QK_HD void variates(const WordBlock& words, C* __restrict n) {
   }
 }
 
+// The moves that draw nothing. Points that are not given are the parameters, and of no effect in kAlong. `y` may be one
+// of the inputs: no element depends on another one (ivdep).
+template <int64_t move, bool points, class S>
+QK_HD void move_block(const S* w, const S* d, const S* p, S* y, int64_t count, MoveNumbers<Compute<S>> k) {
+  using C = Compute<S>;
+  if (move == kAlong && !points) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) y[j] = store<S>(moved(load(w[j]), k.a, load(d[j])));
+    return;
+  }
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) {
+    const C v = load(w[j]);
+    y[j] = store<S>(perturbed<move>(v, load(d[j]), points ? load(p[j]) : v, k));
+  }
+}
+
 template <int64_t move, class S>
 QK_CLONES void perturb_piece(const Task& task, const Plan& plan) {
   using C = Compute<S>;
   const S *w = static_cast<const S*>(task.w), *d = static_cast<const S*>(task.d), *p = static_cast<const S*>(task.p);
   WordBlock words;
-  alignas(64) S y[kStep];
+  alignas(64) S block[kStep];
   alignas(64) C x[kStep], factor[kStep], n[kStep];
   for (int64_t i = task.begin; i < task.end; i += kStep) {
     const int64_t count = std::min(kStep, task.end - i);
@@ -239,7 +264,9 @@ QK_CLONES void perturb_piece(const Task& task, const Plan& plan) {
       for (int64_t j = 0; j < count; ++j) x[j] = load(w[i + j]);
     }
     for (size_t k = 0; k < plan.numbers.size(); ++k) {
-      const Numbers<C> numbers{C(plan.numbers[k].a), C(plan.numbers[k].b), C(plan.numbers[k].c)};
+      const MoveNumbers<C> numbers{C(plan.numbers[k].a), C(plan.numbers[k].b), C(plan.numbers[k].c)};
+      S* out = static_cast<S*>(task.out[int64_t(k) * task.stride].mutable_data_ptr()) + i;
+      S* y = plan.streamed ? block : out;
       if (draws(move)) {
         if (k == 0 || !plan.same(k)) {
           for (int64_t j = 0; j < count; ++j) factor[j] = spread<move>(x[j], numbers);
@@ -247,19 +274,14 @@ QK_CLONES void perturb_piece(const Task& task, const Plan& plan) {
         philox_block(plan.seed, stream_of(plan.first_copy + int64_t(k), task.tensor), uint64_t(i) >> 2, (count + 3) / 4,
                      words);
         variates<move>(words, n);
+#pragma GCC ivdep
         for (int64_t j = 0; j < count; ++j) y[j] = store<S>(moved(x[j], factor[j], n[j]));
       } else if (p) {
-        for (int64_t j = 0; j < count; ++j) {
-          y[j] = store<S>(perturbed<move>(load(w[i + j]), load(d[i + j]), load(p[i + j]), numbers));
-        }
+        move_block<move, true>(w + i, d + i, p + i, y, count, numbers);
       } else {
-        for (int64_t j = 0; j < count; ++j) {
-          const C v = load(w[i + j]);
-          y[j] = store<S>(perturbed<move>(v, load(d[i + j]), v, numbers));
-        }
+        move_block<move, false>(w + i, d + i, p, y, count, numbers);
       }
-      S* out = static_cast<S*>(task.out[int64_t(k) * task.stride].mutable_data_ptr());
-      emit(out + i, y, size_t(count) * sizeof(S), plan.streamed);
+      if (plan.streamed) write_past_caches(out, block, size_t(count) * sizeof(S));
     }
   }
 }
@@ -272,7 +294,7 @@ Plan plan_of(const Tensor& coefficients, int64_t move, bool points, const MaybeT
   const Tensor table = torch::stable::contiguous(coefficients);
   const int64_t copies = table.size(0), width = table.size(1);
   const double* values = static_cast<const double*>(table.const_data_ptr());
-  Plan plan{std::vector<Numbers<double>>(copies), 0, first_copy, false};
+  Plan plan{std::vector<MoveNumbers<double>>(copies), 0, first_copy, false};
   for (int64_t k = 0; k < copies; ++k) {
     const auto number = [&](int64_t j) { return j < width ? finite_or_zero(values[k * width + j]) : 0.0; };
     plan.numbers[k] = {number(0), move == kAlong && !points ? 0.0 : number(1), number(2)};
@@ -295,8 +317,8 @@ void multi_perturb_cpu(const Tensors& out, const Tensors& params_, const Tensors
   int64_t bytes = 0;
   for (size_t i = 0; i < out.size(); ++i) {
     const Tensor& w = params[int64_t(i) % count];
-    STD_TORCH_CHECK(out[i].scalar_type() == w.scalar_type() && out[i].numel() == w.numel() && is_dense(out[i]),
-                    "qkernels: out differs from params in dtype or size, or has gaps");
+    STD_TORCH_CHECK(out[i].scalar_type() == w.scalar_type() && same_memory_order(out[i], w),
+                    "qkernels: out differs from params in dtype, shape or memory order");
     bytes += w.numel() * int64_t(w.element_size());
   }
   plan.streamed = bytes >= kStreamed;

@@ -19,11 +19,11 @@ enum Move : int64_t {
   kAscendSign = 6,  // a step of a sign(d) from p, kept within b |w| + c of w
 };
 
-constexpr bool draws(int64_t move) { return move == kNormal || move == kMagnitude || move == kUniform; }
+QK_HD constexpr bool draws(int64_t move) { return move == kNormal || move == kMagnitude || move == kUniform; }
 
 // The numbers of one copy. One that is not finite (a rho over a norm of zero) stands for zero.
 template <class T>
-struct Numbers {
+struct MoveNumbers {
   T a, b, c;
 };
 
@@ -39,7 +39,7 @@ QK_HD T magnitude(T w) {
 
 // What the variate is multiplied with; it does not change from copy to copy unless the numbers do.
 template <int64_t move, class T>
-QK_HD T spread(T w, Numbers<T> k) {
+QK_HD T spread(T w, MoveNumbers<T> k) {
   if (move == kAdaptive) {
     const T t = magnitude(w) + k.b;
     return k.a * (t * t);
@@ -58,7 +58,7 @@ QK_HD T moved(T w, T spread, T variate) {
 }
 
 template <class T>
-QK_HD T ascended(T w, T d, T p, bool sign, Numbers<T> k) {
+QK_HD T ascended(T w, T d, T p, bool sign, MoveNumbers<T> k) {
   const T up = d > T(0) ? T(1) : d, unit = d < T(0) ? T(-1) : up;
   const T u = moved(p - w, k.a, sign ? unit : d), r = k.b * magnitude(w) + k.c;
   const T low = u < -r ? -r : u;
@@ -66,7 +66,7 @@ QK_HD T ascended(T w, T d, T p, bool sign, Numbers<T> k) {
 }
 
 template <int64_t move, class T>
-QK_HD T perturbed(T w, T d, T p, Numbers<T> k) {
+QK_HD T perturbed(T w, T d, T p, MoveNumbers<T> k) {
   if (move == kAscend || move == kAscendSign) return ascended(w, d, p, move == kAscendSign, k);
   const T y = moved(w, spread<move>(w, k), d);
   return move == kAlong ? moved(y, k.b, p) : y;

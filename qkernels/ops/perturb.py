@@ -4,6 +4,8 @@ import torch
 
 from .. import backend, layout
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def _fake_norm(tensors, weights, eta):
     like = tensors[0]
@@ -28,8 +30,6 @@ backend.define(
     "Tensor? seed, int first_copy) -> ()",
     _fake_perturb,
 )
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_list(name, tensors, like=None):

@@ -2,38 +2,42 @@
 
 import torch
 
-from .. import ops
+from .. import backend, ops
+
+_WHOLE = (torch.Tensor, torch.nn.Parameter)
 
 
 def local(t):
     """This process's part of a sharded tensor (DTensor), else the tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    return t if type(t) in _WHOLE or not hasattr(t, "to_local") else t.to_local()
 
 
 def groups(t):
     """The process groups over which a tensor's parts are spread; empty for a whole tensor."""
-    if not hasattr(t, "to_local"):
+    if local(t) is t:
         return []
     return [t.device_mesh.get_group(i) for i, place in enumerate(t.placements) if place.is_shard()]
 
 
 def norm(tensors, weights=None, eta=0.0):
     """The global L2 norm (of (|w| + eta) t), float64 (1,), over all processes that hold parts of the tensors."""
-    if not any(map(groups, tensors)):
-        return ops.multi_norm(list(map(local, tensors)), weights and list(map(local, weights)), eta)[0]
-
-    def squares(members):
-        chosen = None if weights is None else [local(weights[i]) for i in members]
-        return ops.multi_norm([local(tensors[i]) for i in members], chosen, eta)[0].square()
-
-    return _over_processes(tensors, squares).sqrt()
+    parts = list(map(local, tensors))
+    own = [] if weights is None else list(map(local, weights))
+    op = backend.op("multi_norm")
+    if all(p is t for p, t in zip(parts, tensors)):
+        return op(parts, own, eta)[0]
+    return _over_processes(
+        tensors, lambda at: op([parts[i] for i in at], [own[i] for i in at if own], eta)[0].square()
+    ).sqrt()
 
 
 def dot(a, b):
     """a.b, a.a and b.b, float64 (3,), over all processes that hold parts of the tensors."""
-    if not any(map(groups, a)):
-        return ops.multi_dot(list(map(local, a)), list(map(local, b)))
-    return _over_processes(a, lambda i: ops.multi_dot([local(a[j]) for j in i], [local(b[j]) for j in i]))
+    parts = list(map(local, a)), list(map(local, b))
+    op = backend.op("multi_dot")
+    if all(p is t for p, t in zip(parts[0], a)):
+        return op(*parts)
+    return _over_processes(a, lambda at: op([parts[0][i] for i in at], [parts[1][i] for i in at]))
 
 
 def _over_processes(tensors, sums):

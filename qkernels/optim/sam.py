@@ -215,13 +215,16 @@ class SAM(torch.optim.Optimizer):
     def _ascend(self, members, norm):
         """Write w + e into the copies, one call for each value of rho, and exchange them for the weights."""
         sizes = sorted({rho for _, _, rho in members})
-        former, self._copies = self._copies + [[]] * len(sizes), []
+        former, self._copies = dict(enumerate(self._copies)), []
         for i, rho in enumerate(sizes):
             params = [p for p, _, r in members if r == rho]
             weights = [lists.local(p) for p in params]
             gradients = [lists.local(g) for _, g, r in members if r == rho]
-            copies = former[i] if _fit(former[i], weights) else ops.empty_copies(weights)
-            self._copies.append(copies)
+            # Where the weights still lie where they lay, the copies of the step before serve again.
+            addresses = [w.data_ptr() for w in weights]
+            kept = former.get(i)
+            copies = kept[1] if kept and kept[0] == addresses else ops.empty_copies(weights)
+            self._copies.append((addresses, copies))
             table = lists.ratio(rho, norm)
             if self.adaptive:
                 table = nn.functional.pad(table, (0, 1), value=self.eta)
@@ -308,14 +311,6 @@ class SAM(torch.optim.Optimizer):
         self.param_groups = self.base.param_groups
         self.steps, self._length = int(state_dict["steps"]), None
         self.restore()
-
-
-def _fit(copies, weights):
-    """Whether the copies of the step before serve these weights."""
-    return len(copies) == len(weights) and all(
-        c.shape == w.shape and c.stride() == w.stride() and c.dtype == w.dtype and c.device == w.device
-        for c, w in zip(copies, weights)
-    )
 
 
 def _point(pairs):

@@ -3,7 +3,7 @@
 import itertools
 
 from .. import noise
-from . import walk
+from . import perturb, walk
 from .integer import BYTES, dequantize_kernel, pack_kernel, quantize_kernel, unpack_kernel
 from .quantizer import fake_quantize_backward_kernel, fake_quantize_kernel, sum_rows_kernel
 
@@ -11,19 +11,13 @@ _STORAGES = ("fp32", "bf16", "fp16")
 _SCALARS = {"quant_min": "i64", "quant_max": "i64", "stream": "i64", "factor": "fp64"} | dict.fromkeys(
     ("a", "b", "ewgs"), "fp32"
 )
-_POINTERS = {"zero_point_ptr": "*i32", "seed_ptr": "*i64", "p_ptr": "*u8", "q_ptr": "*i8"} | dict.fromkeys(
-    (
-        "scale_ptr",
-        "offset_ptr",
-        "shift_scale_ptr",
-        "dscale_ptr",
-        "doffset_ptr",
-        "sign_ptr",
-        "out_ptr",
-        "partial_ptr",
-    ),
-    "*fp32",
-)
+_TABLES = ("addresses_ptr", "blocks_ptr", "index_ptr")
+_FLOATS = ("scale_ptr", "offset_ptr", "shift_scale_ptr", "dscale_ptr", "doffset_ptr", "sign_ptr", "out_ptr",
+           "partial_ptr")  # fmt: skip
+_POINTERS = {
+    "zero_point_ptr": "*i32", "seed_ptr": "*i64", "p_ptr": "*u8", "q_ptr": "*i8", "coefficients_ptr": "*fp64",
+    **dict.fromkeys(_TABLES, "*i64"), **dict.fromkeys(_FLOATS, "*fp32"),
+}  # fmt: skip
 # One block of each way of walking: a run, short runs, columns; the last without quads of Philox.
 _WALKS = {
     "run": {"BY_COLUMN": False, "QUADS": True, "R": 1, "W": 2048},
@@ -69,6 +63,10 @@ def aot_specs() -> list:
                                storage, plain | estimator, absent))  # fmt: skip
         specs.append(_spec(f"quantize {storage} {way}", quantize_kernel, storage, {"WIDE": True} | blocks))
         specs.append(_spec(f"dequantize {storage} {way}", dequantize_kernel, storage, blocks))
+    for storage in _STORAGES:
+        for move in range(7):
+            blocks = {"MOVE": move, "POINTS": move in (0, 5, 6), "BLOCK": perturb.BLOCK}
+            specs.append(_spec(f"perturb {move} {storage}", perturb.perturb_kernel, storage, blocks))
     for R, W in ((1, 1024), (1024, 1)):
         specs.append(_spec(f"sum_rows {R}x{W}", sum_rows_kernel, "fp32", {"R": R, "W": W}))
     for bits in (2, 4, 8):
