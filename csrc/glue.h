@@ -38,9 +38,7 @@ inline bool is_dense(const Tensor& x) {
   return true;
 }
 
-inline Tensor dense(const Tensor& x) {
-  return x.is_contiguous() || is_dense(x) ? x : torch::stable::contiguous(x);
-}
+inline Tensor dense(const Tensor& x) { return x.is_contiguous() || is_dense(x) ? x : torch::stable::contiguous(x); }
 
 // t in the memory order of x
 inline Tensor aligned(const Tensor& t, const Tensor& x) {

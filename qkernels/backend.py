@@ -82,7 +82,7 @@ def op(name: str):
 
 
 def apply_function(function: type[torch.autograd.Function]):
-    """``function.apply`` without its inspection of the signature, most of a small call's cost, where nothing needs it."""
+    """``function.apply``, without its inspection of the signature (most of a small call) where nothing needs it."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply
     return super(torch.autograd.Function, function).apply

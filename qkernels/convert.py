@@ -1,11 +1,12 @@
-"""A float model into a quantized one and on to integers: QConfig, quantize_, calibrate, convert_, summary, param_groups."""
+"""A float model into a quantized one and on to integers."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from . import backend, nn as qnn
+from . import backend
+from . import nn as qnn
 from . import noise as noises
 from . import quantizers as q
 from .observe import Statistics
@@ -238,7 +239,7 @@ def convert_(model):
 def param_groups(model, lr, weight_decay=0.0, scale_lr=None):
     """Parameter groups for an optimizer: weights and the rest, and the quantizers' numbers without weight decay.
 
-    lr: of all, scale_lr (default lr) of step sizes, offsets and clips. PACT's clip keeps weight decay, as its paper says.
+    lr: of all; scale_lr (default lr): of step sizes, offsets, clips. PACT's clip keeps weight decay, as in its paper.
     """
     learned, decayed = [], []
     for quantizer in quantizers(model):

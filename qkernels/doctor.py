@@ -26,7 +26,8 @@ def report():
     folder = Path(qkernels.__file__).parent
     lines = [
         f"qkernels {qkernels.__version__}  ({folder})",
-        f"python {platform.python_version()}  torch {torch.__version__}  triton {_version('triton')}  numpy {_version('numpy')}",
+        f"python {platform.python_version()}  torch {torch.__version__}",
+        f"triton {_version('triton')}  numpy {_version('numpy')}",
         f"compilers: g++ {_found('g++')}, nvcc {_found('nvcc')}",
         f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"CUDA: {_cuda(torch)}",
@@ -36,7 +37,9 @@ def report():
         state = backend.why_not.get(device, "loaded")
         lines.append(f"{file}: {state}")
     elements = any(folder.glob("_elements*.so"))
-    lines.append(f"_elements (NumPy): {'built' if elements else 'not built (pybind11 or a compiler was missing)'}")
+    lines.append(
+        f"_elements (NumPy): {'built' if elements else 'not built (pybind11 or a compiler was missing)'}"
+    )
     devices = ("cpu", "cuda")
     lines += ["", f"{'op':<28}" + "".join(f"{d:<12}" for d in devices)]
     for name in sorted(backend.SCHEMAS):
@@ -44,7 +47,9 @@ def report():
     forced = backend.forced()
     lines += ["", f"backend: {forced} for every op" if forced else "backend: chosen by the dispatcher"]
     if "cuda" in backend.why_not and not backend.has_triton():
-        lines.append("CUDA tensors run the reference: install qkernels[triton], or build with nvcc (QKERNELS_CUDA=1)")
+        lines.append(
+            "CUDA tensors run the reference: install qkernels[triton], or build with nvcc (QKERNELS_CUDA=1)"
+        )
     return "\n".join(lines)
 
 

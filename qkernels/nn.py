@@ -1,4 +1,4 @@
-"""Quantized layers, drop-in for torch.nn's: the same constructor and state dict, with two quantizers beside the weight."""
+"""Quantized layers, drop-in for torch.nn's: same constructor and state dict, and two quantizers beside the weight."""
 
 import torch
 import torch.nn.functional as F

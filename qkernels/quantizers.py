@@ -115,7 +115,8 @@ class Quantizer(nn.Module):
     def _start_from_batch(self, x):
         if not self.training:
             raise RuntimeError(
-                f"{type(self).__name__} has no step size yet: call qk.calibrate(model, loader), train, or load a checkpoint"
+                f"{type(self).__name__} has no step size yet: call qk.calibrate(model, loader), train, or load a "
+                "checkpoint"
             )
         statistics = Statistics(self.axis)
         statistics.update(x.detach())
@@ -172,7 +173,7 @@ class LSQPlus(Quantizer):
 
     def __init__(self, bits, role, *args, **kwargs):
         self.learned = ("scale",) if role == "weight" else ("scale", "offset")
-        self.own_sign = True if role == "weight" else False
+        self.own_sign = role == "weight"
         super().__init__(bits, role, *args, **kwargs)
 
     def grid(self):
@@ -214,10 +215,10 @@ class Asymmetric(Quantizer):
 
 
 class ClipWeight(Quantizer):
-    """SAQ's weight quantizer: 2**bits levels on [-clip, clip] without zero, on standardised weights. Source: SAQ, eq. 1.
+    """SAQ's weight quantizer: 2**bits levels on [-clip, clip] without zero, on standardised weights.
 
     weight_norm: "detach" (statistics of the layer are constants), "full" (gradient through them), or "none".
-    clip starts at 1 with weight normalisation, else at 0.8 * max|w|.
+    clip starts at 1 with weight normalisation, else at 0.8 * max|w|. Source: SAQ, eq. 1.
     """
 
     learned, own_sign = ("clip",), False
@@ -232,7 +233,7 @@ class ClipWeight(Quantizer):
         if self.weight_norm == "none":
             return x
         deviation, mean = torch.std_mean(x.detach() if self.weight_norm == "detach" else x)
-        return (x - mean) / deviation
+        return (x - mean) / _nonzero(deviation)
 
     def grid(self):
         clip = self.clip.abs()
@@ -286,7 +287,7 @@ class DoReFaWeight(Quantizer):
 
     def prepare(self, x):
         squashed = x.tanh()
-        return squashed / squashed.abs().max().detach()
+        return squashed / _nonzero(squashed.abs().max().detach())
 
     def grid(self):
         ones = torch.ones(self.rows, device=self.state.device)
@@ -328,8 +329,13 @@ class SeedSource:
 
 
 def _positive(scale):
-    """A usable step size also for constant or empty data."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    """A usable step size also for constant data; NaN stays, so that the output shows it."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _nonzero(divisor):
+    """A divisor of zero weights, which then stay zero."""
+    return divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
 
 
 WEIGHT = {

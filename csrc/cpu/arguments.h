@@ -11,17 +11,22 @@ namespace qk {
 template <class F>
 void with_storage(ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::BFloat16: return f(BFloat16());
-    case ScalarType::Half: return f(Half());
-    default: STD_TORCH_CHECK(false, "qkernels: x must be float32, bfloat16, float16 or float64");
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    case ScalarType::Half:
+      return f(Half());
+    default:
+      STD_TORCH_CHECK(false, "qkernels: x must be float32, bfloat16, float16 or float64");
   }
 }
 
 // The noise kinds that change a pass; the backward of the others is the plain one.
-constexpr std::array<int64_t, 8> kForwardKinds = {kPlain, kTempering, kAfter, kBefore, kPseudo, kPseudoNormal,
-                                                  kStochastic, kShift};
+constexpr std::array<int64_t, 8> kForwardKinds = {kPlain,  kTempering,    kAfter,      kBefore,
+                                                  kPseudo, kPseudoNormal, kStochastic, kShift};
 constexpr std::array<int64_t, 5> kBackwardKinds = {kPlain, kBefore, kPseudo, kPseudoNormal, kStochastic};
 
 template <const auto& kinds, size_t at = 0, class F>
@@ -53,13 +58,14 @@ struct Drawn {
     if (kind == kShift) {
       STD_TORCH_CHECK(shift && shift_scale, "qkernels: a shift needs shift and shift_scale");
       STD_TORCH_CHECK(shift->scalar_type() == x.scalar_type(), "qkernels: shift and x differ in dtype");
-      this->a = *static_cast<const float*>(
-          row_values(*shift_scale, ScalarType::Float, 1, "shift_scale").const_data_ptr());
+      this->a =
+          *static_cast<const float*>(row_values(*shift_scale, ScalarType::Float, 1, "shift_scale").const_data_ptr());
       given = aligned(*shift, x);
       return;
     }
     STD_TORCH_CHECK(seed_tensor, "qkernels: noise needs a seed");
-    seed = uint64_t(*static_cast<const int64_t*>(row_values(*seed_tensor, ScalarType::Long, 1, "seed").const_data_ptr()));
+    seed =
+        uint64_t(*static_cast<const int64_t*>(row_values(*seed_tensor, ScalarType::Long, 1, "seed").const_data_ptr()));
     if ((kind == kAfter || kind == kBefore) && !switched_on(seed, stream, float(a))) kind = kPlain;
   }
   template <class S>

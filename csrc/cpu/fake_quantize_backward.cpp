@@ -6,18 +6,17 @@ namespace {
 
 // `common`: no offset to learn, the plain straight-through estimator; its loop carries one sum instead of two.
 template <int64_t kind, bool common, class S, class Grids>
-QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S>* n, int64_t count,
-                    const Grids& grids, Estimator<Compute<S>> estimator, Compute<S>* __restrict dscale,
-                    Compute<S>* __restrict doffset) {
+QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S>* n, int64_t count, const Grids& grids,
+                    Estimator<Compute<S>> estimator, Compute<S>* __restrict dscale, Compute<S>* __restrict doffset) {
   using C = Compute<S>;
   C out[kLanes];
   for (int64_t begin = 0; begin < count; begin += kLanes) {
     const int64_t length = std::min(kLanes, count - begin);
     const auto body = [&](int64_t j) __attribute__((always_inline)) {
       const C variate = kind == kPlain ? C(0) : n[begin + j];
-      const Gradient<C> term = fake_quantize_backward<math_kind(kind)>(
-          load(grad[begin + j]), load(x[begin + j]), grids[begin + j], variate,
-          common ? Estimator<C>{false, C(0)} : estimator);
+      const Gradient<C> term =
+          fake_quantize_backward<math_kind(kind)>(load(grad[begin + j]), load(x[begin + j]), grids[begin + j], variate,
+                                                  common ? Estimator<C>{false, C(0)} : estimator);
       const int64_t lane = std::is_same_v<Grids, OneGrid<C>> ? j : begin + j;
       out[j] = term.dx;
       dscale[lane] += term.dscale;
@@ -63,10 +62,9 @@ QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<
 }
 
 template <int64_t kind, bool common, class S>
-QK_CLONES void fake_quantize_backward_columns(const Walk& walk, const Rows<Compute<S>>& rows, const S* grad,
-                                              const S* x, S* dx, Variates<S> variates,
-                                              Estimator<Compute<S>> estimator, Sums sums, int64_t first,
-                                              int64_t last) {
+QK_CLONES void fake_quantize_backward_columns(const Walk& walk, const Rows<Compute<S>>& rows, const S* grad, const S* x,
+                                              S* dx, Variates<S> variates, Estimator<Compute<S>> estimator, Sums sums,
+                                              int64_t first, int64_t last) {
   using C = Compute<S>;
   C noise[kTile + 8], dscale[kTile], doffset[kTile];
   ColumnGrids<C> grids;
@@ -106,10 +104,12 @@ void finish(const Walk& walk, const std::vector<double>& partial, double factor,
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
-    const Tensor& grad_, const Tensor& x_, const Tensor& scale, const MaybeTensor& offset,
-    const MaybeTensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max, double grad_scale,
-    bool clip_only, double ewgs, int64_t noise, double a, double b, const MaybeTensor& seed, int64_t stream) {
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(const Tensor& grad_, const Tensor& x_,
+                                                              const Tensor& scale, const MaybeTensor& offset,
+                                                              const MaybeTensor& zero_point, int64_t axis,
+                                                              int64_t quant_min, int64_t quant_max, double grad_scale,
+                                                              bool clip_only, double ewgs, int64_t noise, double a,
+                                                              double b, const MaybeTensor& seed, int64_t stream) {
   const Tensor x = ordered(x_, scale, axis), grad = aligned(grad_, x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "qkernels: grad and x differ in dtype");
   Tensor dx = torch::stable::empty_like(x);
@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(
         }
       }
       torch::stable::parallel_for(0, walk.units(), walk.grain(), [&](int64_t first, int64_t last) {
-        loop(walk, rows.rows, g, in, out, drawn.variates<S>(), {clip_only, C(ewgs)},
-             {dscales.data(), doffsets.data()}, first, last);
+        loop(walk, rows.rows, g, in, out, drawn.variates<S>(), {clip_only, C(ewgs)}, {dscales.data(), doffsets.data()},
+             first, last);
       });
     });
     finish(walk, dscales, grad_scale, rows.rows.scale, static_cast<C*>(dscale.mutable_data_ptr()));

@@ -23,8 +23,8 @@ constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 struct Walk {
   int64_t numel, rows, inner;
   bool columns;
-  int64_t parts;       // runs: blocks of a run; columns: stretches of repetitions
-  int64_t count;       // runs: runs in all; columns: tiles
+  int64_t parts;                   // runs: blocks of a run; columns: stretches of repetitions
+  int64_t count;                   // runs: runs in all; columns: tiles
   int64_t tile, repeats, stretch;  // columns only: columns of a tile, repetitions of the period, and of one unit
 
   Walk(int64_t numel, Layout layout) : numel(numel), rows(layout.rows), inner(layout.inner) {

@@ -15,14 +15,14 @@ namespace qk {
 
 // What the noise does to an element; the variate n is an argument of the element functions (noise.h draws it).
 enum Noise : int64_t {
-  kPlain = 0,       // no noise
-  kTempering = 1,   // y + a * exp(-b * |y - x|) * sqrt(|y - x|) * n
-  kAfter = 2,       // y + scale * n
-  kBefore = 3,      // rint(v + n)
-  kPseudo = 4,      // clip(v) + n in place of rint, n uniform
+  kPlain = 0,         // no noise
+  kTempering = 1,     // y + a * exp(-b * |y - x|) * sqrt(|y - x|) * n
+  kAfter = 2,         // y + scale * n
+  kBefore = 3,        // rint(v + n)
+  kPseudo = 4,        // clip(v) + n in place of rint, n uniform
   kPseudoNormal = 5,  // the same, n ~ N(0, 1/4)
-  kStochastic = 6,  // floor(v + n)
-  kShift = 7,       // y + a * n, n given by the caller (a perturbation of the quantized value)
+  kStochastic = 6,    // floor(v + n)
+  kShift = 7,         // y + a * n, n given by the caller (a perturbation of the quantized value)
 };
 
 // The quantizer of one row. `scale` is floored and never negative; a non-finite one is NaN.

@@ -1,6 +1,6 @@
 """Every op: legal arguments, schema, fake, gradient and public function, one file per family."""
 
-from .moments import standardized_distance
 from ..reference.perturb import ADAPTIVE, ALONG
+from .moments import standardized_distance
 from .perturb import check_list, empty_copies, multi_dot, multi_norm, multi_perturb
 from .quantizer import bounds, dequantize, fake_quantize, pack, quantize, unpack

@@ -45,7 +45,8 @@ backend.define(
 )
 backend.define(
     "fake_quantize_backward",
-    f"(Tensor grad, Tensor x, {_GRID}, float grad_scale, bool clip_only, float ewgs, {_NOISE}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, {_GRID}, float grad_scale, bool clip_only, float ewgs, {_NOISE})"
+    " -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 backend.define("quantize", f"(Tensor x, {_GRID}) -> Tensor", _fake_quantized)
@@ -92,7 +93,7 @@ class FakeQuantize(torch.autograd.Function):
 
 
 class FakeQuantizeBackward(torch.autograd.Function):
-    """The gradient as a function of its own, linear in grad: second derivatives are the surrogate's, never silently 0."""
+    """The gradient as a function of its own, linear in grad, so that second derivatives are the surrogate's."""
 
     @staticmethod
     def forward(grad, x, scale, offset, zero_point, seed, axis, quant_min, quant_max, grad_scale, clip_only, ewgs,
@@ -128,18 +129,19 @@ def _slopes(saved, settings):
     axis, quant_min, quant_max, _, clip_only, _, noise, a, _, stream = settings
     kind = noises.PLAIN if noise in (noises.TEMPERING, noises.AFTER, noises.SHIFT) else noise
     with torch.no_grad():
-        return reference.slopes(x, scale, offset, zero_point, axis, quant_min, quant_max, clip_only, kind, a, seed, stream)  # fmt: skip
+        return reference.slopes(x, scale, offset, zero_point, axis, quant_min, quant_max, clip_only, kind, a, seed,
+                                stream)  # fmt: skip
 
 
-def _tangent(slopes, x, scale, settings, x_t, scale_t, offset_t, grad=None):
-    """Along a direction: x_t where inside (times EWGS's factor of grad's sign) + scale_t * term + offset_t where outside."""
+def _tangent(slopes, x, scale, settings, x_t, scale_t, offset_t, grad):
+    """x_t where inside (times EWGS's factor, of grad's sign) + scale_t * term + offset_t where outside."""
     axis, _, _, grad_scale, _, ewgs, *_ = settings
     outside, term, error = slopes
     rows = scale.numel()
     total = 0.0
     if x_t is not None:
         factor = torch.where(outside, 0.0, 1.0).to(term.dtype)
-        if ewgs != 0 and grad is not None:
+        if ewgs != 0:
             sign = reference._compute(layout.rowwise(layout.ordered(grad, rows, axis), rows, axis)).sign()
             factor = factor * (1.0 - ewgs * sign * error)
         total = (

@@ -93,7 +93,7 @@ def b32(value, like):
 
 
 def slopes(x, scale, offset, zero_point, axis, quant_min, quant_max, clip_only, kind, a, seed, stream):
-    """(outside, dscale term, error) of each element, before the upstream gradient; row-shaped, constants of autograd."""
+    """(outside, dscale term, error) of each element, before the upstream gradient; shaped by row."""
     e = _Element(x, scale, offset, zero_point, axis, quant_min, quant_max, kind, a, seed, stream)
     outside = (e.v < e.lo) | (e.v > e.hi)
     error = e.n if kind in (noise.PSEUDO, noise.PSEUDO_NORMAL) else e.q - e.v
