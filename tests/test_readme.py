@@ -33,7 +33,8 @@ def names():
         "qk": qk, "torch": torch, "model": model, "criterion": nn.CrossEntropyLoss(), "float_model": model,
         "loader": [(torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))) for _ in range(2)],
         "x": torch.randn(6, 128), "w": torch.randn(6, 128), "scale": torch.tensor([0.1]),
-        "scales": torch.full((6,), 0.1),        "group_scales": torch.full((12,), 0.1), "beta": torch.tensor([-0.2]), "z": 3, "g": 0.1, "seed": torch.tensor([7]),
+        "scales": torch.full((6,), 0.1), "group_scales": torch.full((12,), 0.1), "beta": torch.tensor([-0.2]),
+        "z": 3, "g": 0.1, "seed": torch.tensor([7]),
     }  # fmt: skip
 
 
