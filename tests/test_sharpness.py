@@ -370,6 +370,15 @@ def test_linf_grows_with_the_box_and_stays_in_it(trained, weights, monkeypatch):
         sharpness.linf_sharpness(model, loader, rho=0)
 
 
+def test_a_network_that_diverged_is_refused(trained):
+    model, loader, initial = trained
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken[6].bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="model has a loss of inf on these images"):
+        sharpness.measure(broken, loader, initial)
+
+
 class Table:
     """Copies whose predictions are given: right[k, i] for copy k and image i, the image's number being its pixel."""
 

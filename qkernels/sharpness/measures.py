@@ -68,9 +68,9 @@ class Report:
             )
         lines.append("search             size  displacement  standard error  found")
         for name, s in self.searches.items():
-            error = "-" if s["stderr"] is None else f"{s['stderr']:.4f}"
+            moved, error = ("-" if s[k] is None else f"{s[k]:.4f}" for k in ("displacement", "stderr"))
             found = "yes" if s["found"] else "no"
-            lines.append(f"{name:<10} {s['size']:12.6f} {s['displacement']:13.4f} {error:>15}  {found}")
+            lines.append(f"{name:<10} {s['size']:12.6f} {moved:>13} {error:>15}  {found}")
         lines.append(
             f"{self.settings['weights']} weights, {self.network['omega']} parameters, accuracy "
             f"{self.network['accuracy']:.4f}, {self.cost['forward_passes']:.1f} forward and "
@@ -130,6 +130,10 @@ def measure(model, loader, initial, *, weights="latent", noise="std", target="ac
     settings["how"] = unperturbed.how
     scores = Scores.unperturbed(data, unperturbed)
     counter.forward(data.size)
+    if not math.isfinite(scores["loss"].mean):
+        raise ValueError(
+            f"model has a loss of {scores['loss'].mean} on these images: nothing can be measured"
+        )
     settings["m"] = data.size if m is None else m
     network = {
         "omega": subject.count,

@@ -81,7 +81,7 @@ class Rule:
         self.low, self.high = target - tolerance, target + tolerance
 
     def interval(self, low, high):
-        """ "above" or "below" if every displacement in the interval is; they are absolute, as in the published code."""
+        """What every displacement in the interval is, or None; they are absolute, as in the published code."""
         least, most = max(low, -high, 0.0), max(abs(low), abs(high))
         return "above" if least > self.high else "below" if most < self.low else None
 

@@ -112,12 +112,6 @@ def initial_values(model, state, subject):
     ]
 
 
-def perturbed_effective(subject, copies):
-    """Per copy, the tensors the network multiplies with: weights are quantized once per copy, not once per batch."""
-    with torch.no_grad():
-        return [subject.effective(values) for values in copies]
-
-
 class Copies:
     """Perturbed models, evaluated batch by batch: one functional call per copy, or all in one under vmap.
 
@@ -129,7 +123,8 @@ class Copies:
         check_choice("how", how, ("auto", "loop", "vmap"))
         self.subject = subject
         self.how = ("vmap" if subject.device.type == "cuda" else "loop") if how == "auto" else how
-        self.effective = perturbed_effective(subject, copies)
+        with torch.no_grad():  # weights are quantized once per copy, not once per batch
+            self.effective = [subject.effective(values) for values in copies]
         if self.how == "vmap":
             first = self.effective[0]
             self.effective = {name: torch.stack([e[name] for e in self.effective]) for name in first}
