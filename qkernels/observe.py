@@ -27,7 +27,8 @@ class Statistics:
             self.sums += sums
             self.minimum, self.maximum = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
         flat = x.flatten()
-        self.samples.append(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].double())
+        # An odd stride: images and channels are powers of two, and the sample must not follow one column of them.
+        self.samples.append(flat[:: -(-flat.numel() // _SAMPLES) | 1].double())
 
     def agreed(self):
         """self, after the processes of the default group have joined what they saw."""
@@ -61,22 +62,33 @@ class Statistics:
     def peak(self):
         return torch.maximum(self.minimum.abs(), self.maximum.abs())
 
-    def least_squares_range(self, levels, steps=32):
-        """(scale, offset), each (1,), of the range inside [min, max] with the least squared error on the sample."""
+    def least_squares_range(self, levels, steps=24, refinements=20):
+        """(scale, offset), each (1,), of the range inside [min, max] with the least squared error on the sample.
+
+        The best of a grid of ranges, then alternately the levels of a range and the least-squares line through them.
+        Constant data gives scale 0.
+        """
         x = torch.cat(self.samples)
         low, high = x.min(), x.max()
-        shrink = torch.linspace(1 / steps, 1, steps, dtype=torch.float64, device=x.device)
-        middle = low.clamp(max=0) if low < 0 else low
-        best = (torch.inf, (high - low).clamp(min=1e-12) / levels, low)
-        for f in shrink:
-            lo = low * f if low < 0 else middle
-            hi = lo + (high - lo) * shrink
-            scale = ((hi - lo) / levels).clamp(min=1e-12).unsqueeze(1)
-            q = ((x - lo) / scale).round().clamp(0, levels)
-            errors = (q * scale + lo - x).square().mean(1)
+        cuts = torch.linspace(0, 1, steps, dtype=torch.float64, device=x.device)
+        best = (torch.inf, (high - low) / levels, low)
+        if low == high:
+            return best[1].reshape(1), low.reshape(1)
+        for cut in cuts[:-1]:
+            lo = low + (high - low) * cut
+            scale = ((high - lo) * cuts[1:] / levels).unsqueeze(1)
+            errors = (_levels(x, scale, lo, levels) * scale + lo - x).square().mean(1)
             error, at = errors.min(0)
             if error < best[0]:
                 best = (error, scale[at, 0], lo)
-            if low >= 0:
-                break
-        return best[1].reshape(1), best[2].reshape(1)
+        _, scale, lo = best
+        for _ in range(refinements):
+            q = _levels(x, scale, lo, levels)
+            centred = q - q.mean()
+            scale = (centred * x).sum() / centred.square().sum().clamp(min=torch.finfo(x.dtype).tiny)
+            lo = x.mean() - scale * q.mean()
+        return scale.reshape(1), lo.reshape(1)
+
+
+def _levels(x, scale, lo, levels):
+    return ((x - lo) / scale).round().clamp(0, levels)
