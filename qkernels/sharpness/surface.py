@@ -121,12 +121,9 @@ def _evaluate(copies, data, criterion):
         logits = copies.logits(x)
         share = len(target) / data.size
         loss = loss + torch.stack([criterion(y, target) for y in logits]).double() * share
-        right = (
-            logits.argmax(-1) == target
-            if not target.is_floating_point()
-            else torch.zeros(logits.shape[:2], device=logits.device)
-        )
-        correct = correct + right.double().mean(1) * share
+        labels = not target.is_floating_point()
+        right = logits.argmax(-1) == target if labels else torch.zeros_like(logits[..., 0])
+        correct = correct + right.double().flatten(1).mean(1) * share
     return [list(point) for point in zip(loss.tolist(), correct.tolist(), strict=True)]
 
 
