@@ -41,9 +41,9 @@ def report():
         f"_elements (NumPy): {'built' if elements else 'not built (pybind11 or a compiler was missing)'}"
     )
     devices = ("cpu", "cuda")
-    lines += ["", f"{'op':<28}" + "".join(f"{d:<12}" for d in devices)]
+    lines += ["", f"{'op':<32}" + "".join(f"{d:<12}" for d in devices)]
     for name in sorted(backend.SCHEMAS):
-        lines.append(f"{name:<28}" + "".join(f"{backend.serves(name, d):<12}" for d in devices))
+        lines.append(f"{name:<32}" + "".join(f"{backend.serves(name, d):<12}" for d in devices))
     forced = backend.forced()
     lines += ["", f"backend: {forced} for every op" if forced else "backend: chosen by the dispatcher"]
     if "cuda" in backend.why_not and not backend.has_triton():
