@@ -1,0 +1,44 @@
+"""`qkernels report`: one self-contained HTML page of tables and plots over training runs."""
+
+from pathlib import Path
+
+from ..training.log import write_atomically
+from .page import page
+from .runs import find_runs, group_runs
+
+
+def add_arguments(parser):
+    """Declares the arguments of `qkernels report`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders, or folders of run folders")
+    parser.add_argument(
+        "--out", default="report.html", metavar="FILE", help="the page (default: report.html)"
+    )
+    parser.add_argument("--title", default="Training runs", help="its heading (default: Training runs)")
+
+
+def main(args):
+    """Runs `qkernels report`; returns the exit code."""
+    print(f"report: {write_report(args.runs, args.out, args.title)}")
+    return 0
+
+
+def write_report(run_dirs, path, title="Training runs"):
+    """Writes one HTML page over runs to `path` and returns it; styles, plots and pictures are inside the file.
+
+    Runs that differ in the seed alone are one row, with mean and sample standard deviation. Shown are accuracy, loss,
+    generalization gap, step time, training curves, and where `measures.json` (of `qkernels measure`) is there: flatness
+    measures, Hessian, weight norms, step sizes, quantization error, gaps under corruption, the loss landscape.
+
+    Args:
+        run_dirs: run folders, or folders with run folders in them; a run may be unfinished.
+        path: the HTML file; its folder is created.
+
+    Raises:
+        ValueError: no run in `run_dirs`. FileNotFoundError: one of them does not exist.
+    Source: QGen, tables 1 to 6 and figures 1 and 2; NT, tables 3 and 6.
+    """
+    runs = find_runs(run_dirs)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page(group_runs(runs), title))
+    return path

@@ -1,0 +1,281 @@
+"""The report: what its tables say over runs and seeds, that it needs no other file, and errors."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from qkernels import cli
+from qkernels.report import charts, write_report
+from qkernels.report.runs import find_runs, group_runs, spread
+
+ROOT = Path(__file__).parents[1]
+VOID = {"meta", "img", "br", "circle", "line", "rect", "polyline", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of cells, headings, addresses; and every tag closed in order."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tables, self.headings, self.addresses, self.classes = [], [], [], [], {}
+        self.source = path.read_text()
+        self.feed(self.source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        attributes = dict(attributes)
+        self.addresses += [attributes[key] for key in ("src", "href") if key in attributes]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.cell = attributes.get("class", "")
+        elif tag in ("h1", "h2", "h3"):
+            self.headings.append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.addresses += [value for key, value in attributes if key in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+            self.classes[(len(self.tables) - 1, data)] = self.cell
+        elif self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] += data
+
+
+def make_run(path, recipe="lsq", bits=4, seed=0, acc=0.9, finished=True, measures=None, **settings):
+    """A run folder as `qkernels train` leaves it."""
+    path.mkdir(parents=True)
+    config = {"recipe": recipe, "model": "resnet20", "data": "digits", "weight_bits": bits, "act_bits": bits}
+    config |= {"seed": seed, "epochs": 2, "lr": 0.1, "versions": {"qkernels": "1", "torch": "2"}, **settings}
+    (path / "config.json").write_text(json.dumps(config))
+    lines = [
+        {"epoch": e, "train_loss": 1.0 - e / 2, "test_loss": 1.2 - e / 2, "train_acc": 0.5, "test_acc": 0.4}
+        for e in range(2)
+    ]
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        result = {
+            **config,
+            "train_loss": 0.25,
+            "train_acc": 0.95,
+            "test_loss": 0.5,
+            "test_acc": acc,
+            "seconds": 60,
+        }
+        (path / "result.json").write_text(json.dumps({**result, "step_ms": 10 + seed}))
+    if measures:
+        (path / "measures.json").write_text(json.dumps(measures))
+    return path
+
+
+def measured(scale, bits=4):
+    names = [
+        f"{b}_{m}{r}" for b in ("pac_bayes", "sharpness") for m in ("", "mag_") for r in ("init", "orig")
+    ]
+    step = None if bits == 32 else scale / 100
+    cell = {"loss": 1.0, "acc": 0.5, "gap": scale, "accuracy_gap": 0.1}
+    layer = {
+        "name": "conv",
+        "weight_bits": bits,
+        "weight_norm": 3.0,
+        "weight_step": step,
+        "weight_error": step,
+    }
+    return {
+        "generalization": {"corrupted": {"fog": {"1": cell, "5": cell}}, "mean": {"1": cell, "5": cell, "all": cell}},
+        "layers": [layer, {**layer, "weight_norm": 4.0}],
+        "bounds_latent": {"measures": {name: scale + i for i, name in enumerate(names)}},
+        "linf_latent": {"0.001": {"difference": scale / 10, "keskar": 1.0}},
+        "hessian_latent": {"eigenvalues": [10 * scale, 1.0], "trace": 50 * scale, "trace_stderr": scale},
+    }  # fmt: skip
+
+
+def png():
+    """The smallest picture: one pixel."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0\0"))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_seeds_are_one_row_with_mean_and_spread(tmp_path):
+    for seed, acc in enumerate((0.90, 0.92, 0.97)):
+        make_run(tmp_path / f"q{seed}", seed=seed, acc=acc, init=f"float{seed}", summary=f"{seed}")
+    make_run(tmp_path / "f", recipe="float", bits=32, acc=0.99)
+    page = Page(write_report([tmp_path], tmp_path / "page" / "report.html"))
+    header, first, second = page.tables[0]
+    assert header == ["Recipe", "Model", "Data", "Seeds", "Test acc %", "Train acc %", "Test loss", "Train loss", "Gap",
+                      "Step ms"]  # fmt: skip
+    assert first == [
+        "float FP32",
+        "resnet20",
+        "digits",
+        "1",
+        "99.00",
+        "95.00",
+        "0.500",
+        "0.250",
+        "0.250",
+        "10.0",
+    ]
+    assert second[0] == "lsq W4A4" and second[3] == "3" and second[4] == "93.00 ± 3.61"
+    assert second[8:] == ["0.250 ± 0.000", "11.0 ± 1.0"]
+    assert len(page.tables[-1]) == 5  # every run, by itself
+    assert page.headings == ["Training runs", "Results", "Training of resnet20 on digits"]
+
+
+def test_groups_of_one_label_are_told_apart_by_their_settings(tmp_path):
+    for i, lr in enumerate((0.1, 0.05)):
+        make_run(tmp_path / str(i), lr=lr, sharpness={"case": i + 1})
+    groups = group_runs(find_runs([tmp_path]))
+    assert [group.note for group in groups] == ["lr 0.05, sharpness.case 2", "lr 0.1, sharpness.case 1"]
+    page = Page(write_report([tmp_path], tmp_path / "r.html"))
+    assert page.tables[0][0][3] == "Settings" and page.tables[0][1][3] == "lr 0.05, sharpness.case 2"
+
+
+def test_an_unfinished_run_is_shown_as_such(tmp_path):
+    make_run(tmp_path / "a", finished=False)
+    page = Page(write_report([tmp_path / "a"], tmp_path / "r.html"))
+    assert page.tables[0][1][3:] == ["unfinished", "", "", "", "", "", ""]
+    assert page.tables[-1][1][4] == "2 of 2" and "1 run; 1 unfinished" in page.source
+    assert page.source.count("<polyline") == 4  # two curves in each of two plots
+
+
+def test_measures_tables_and_pictures(tmp_path):
+    make_run(tmp_path / "f", recipe="float", bits=32, measures=measured(1.0, 32))
+    for seed in range(2):
+        make_run(tmp_path / f"q{seed}", seed=seed, measures=measured(0.5 + seed / 10))
+    make_run(tmp_path / "w", bits=2, measures=measured(2.0))
+    (tmp_path / "w" / "landscape_quantized.png").write_bytes(png())
+    page = Page(write_report([tmp_path], tmp_path / "r.html"))
+    bounds = next(t for t in page.tables if "PAC-Bayes" in t[0])
+    assert bounds[1][1:] == ["Init", "Orig", "Mag-Init", "Mag-Orig"] * 2
+    assert bounds[2:] == [
+        ["float FP32", *(f"{1 + i:.3f}" for i in range(8))],
+        ["lsq W4A4", *(f"{0.55 + i:.3f}" for i in range(8))],
+        ["lsq W2A2", *(f"{2 + i:.3f}" for i in range(8))],
+    ]
+    number = page.tables.index(bounds)
+    assert page.classes[(number, "0.550")] == "best" and page.classes[(number, "2.000")] == ""
+    curvature = page.tables[number + 1]
+    assert curvature[0] == ["", "λ max", "Trace", "L∞, ρ = 0.001"]
+    assert curvature[2] == ["lsq W4A4", "5.500", "27.500 ± 0.550", "0.055"]
+    layers = page.tables[number + 2]
+    assert layers[2] == ["lsq W4A4", "5.000", "0.0055", "0.0055"] and layers[1] == [
+        "float FP32",
+        "5.000",
+        "",
+        "",
+    ]
+    corrupted = page.tables[number + 3]
+    assert corrupted[0] == ["", "Severity 1", "Severity 5"] and [row[0] for row in corrupted[2:]] == [
+        "fog",
+        "mean",
+    ]
+    assert corrupted[2][1:4] == ["1.000", "0.550", "2.000"]
+    classes = [page.classes[(number + 3, text)] for text in corrupted[2][1:4]]
+    assert classes == ["", "good", "bad"]
+    assert "lsq W2A2, seed 0, quantized" in page.source
+
+
+def test_the_page_needs_no_other_file_and_escapes_text(tmp_path):
+    make_run(tmp_path / "a", recipe="<script>alert(1)</script>", measures=measured(1.0))
+    (tmp_path / "a" / "landscape.png").write_bytes(png())
+    page = Page(write_report([tmp_path / "a"], tmp_path / "r.html", title="a & <b>"))
+    assert "<script" not in page.source and "a &amp; &lt;b&gt;" in page.source
+    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "http" not in page.source and "url(" not in page.source
+    assert 'name="viewport"' in page.source and "prefers-color-scheme: dark" in page.source
+    assert all(f"--c{i}:" in page.source for i in range(charts.COLOURS))
+
+
+def test_damaged_files_do_not_stop_the_page(tmp_path):
+    run = make_run(tmp_path / "a")
+    (run / "measures.json").write_text('{"layers": ')
+    with open(run / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "tr')
+    assert Page(write_report([run], tmp_path / "r.html")).tables[0][1][0] == "lsq W4A4"
+
+
+def test_which_folders_are_runs(tmp_path):
+    run = make_run(tmp_path / "grid" / "a")
+    make_run(run / "float", recipe="float", bits=32)
+    (tmp_path / "grid" / "notes.txt").write_text("x")
+    found = find_runs([tmp_path / "grid", run, tmp_path / "grid" / "notes.txt"])
+    assert [r.path for r in found] == [run]
+    with pytest.raises(ValueError, match="runs: no run folder .one with config.json. in .*notes.txt"):
+        find_runs([tmp_path / "grid" / "notes.txt"])
+    with pytest.raises(FileNotFoundError, match="runs: .*absent does not exist"):
+        find_runs([tmp_path / "absent"])
+    (run / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json is not the config of a run"):
+        find_runs([run])
+
+
+def test_spread():
+    assert spread([]) == (None, None) and spread([2.0]) == (2.0, None)
+    assert spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [1e-9, 3e-9], [-1e7, 1e7], [0.91, 0.93]])
+def test_axes_have_round_ticks_that_tell_values_apart(values):
+    axis = charts._Axis(min(values), max(values))
+    ticks = list(axis.ticks())
+    assert 2 <= len(ticks) <= 8 and len({text for _, text in ticks}) == len(ticks)
+    assert (
+        all(axis.low <= at <= axis.high for at, _ in ticks)
+        and axis.low < min(values) <= max(values) < axis.high
+    )
+
+
+def test_charts_leave_out_what_is_not_finite():
+    svg = charts.line_chart([(0, False, [(0, 1.0), (1, float("nan")), (2, None), (3, 2.0)])], "x", "y", "t")
+    assert len(re.search(r'<polyline[^>]* points="([^"]*)"', svg)[1].split()) == 2
+    assert charts.line_chart([(0, False, [(0, None)])], "x", "y", "t") == charts.dot_chart([], "x", "t") == ""
+
+
+def test_the_command(tmp_path, capsys):
+    make_run(tmp_path / "a")
+    assert (
+        cli.main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "r.html"), "--title", "Mine"]) == 0
+    )
+    assert f"report: {tmp_path / 'r.html'}" in capsys.readouterr().out
+    assert Page(tmp_path / "r.html").headings[0] == "Mine"
+    assert cli.main(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "absent does not exist" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+def test_without_plotting_packages(tmp_path):
+    """The page draws its own plots: matplotlib is not needed."""
+    make_run(tmp_path / "a")
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from qkernels.report import write_report; write_report([sys.argv[1]], sys.argv[2])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "r.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "<polyline" in (tmp_path / "r.html").read_text()
