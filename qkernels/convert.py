@@ -1,6 +1,7 @@
 """A float model into a quantized one and on to integers."""
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import nn
@@ -171,8 +172,10 @@ def calibrate(model, loader, batches=8):
 
     No gradients; BatchNorm normalises by the batch and keeps its statistics; other modules are in evaluation mode.
     Batches are tensors or (input, ...) tuples. Processes of a torch.distributed group agree. Returns the model.
-    Raises: ValueError where the model has no quantizer or the loader no batch.
+    Raises: ValueError where the model has no quantizer or the loader no batch; TypeError where a batch is neither.
     """
+    if not isinstance(batches, int) or batches < 1:
+        raise ValueError(f"batches must be an int of at least 1, got {batches!r}")
     found = quantizers(model)
     if not found:
         raise ValueError("model has no quantizer: call qk.quantize_ first")
@@ -194,10 +197,10 @@ def calibrate(model, loader, batches=8):
         for quantizer in observed:
             quantizer.statistics = Statistics(quantizer.axis)
         seen = 0
-        for batch in loader:
-            if seen == batches:
-                break
+        for batch in islice(loader, batches):
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"loader must give tensors or (tensor, ...) tuples, got {type(x).__name__}")
             model(x.to(device))
             seen += 1
         if seen == 0:
