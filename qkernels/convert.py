@@ -97,13 +97,10 @@ def start_weight(quantizer, weight):
 
 
 def quantizable(model, exclude=()):
-    """(name, module) of the layers that quantize_ swaps, in the order of the model."""
-    found = []
-    for name, module in model.named_modules():
-        outside = any(name == e or name.startswith(e + ".") for e in exclude)
-        if type(module) in qnn.QUANTIZED and not outside:
-            found.append((name, module))
-    return found
+    """(name, module) of the layers that quantize_ swaps, in the order of the model; a shared one under each name."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    outside = {id(m) for name, m in modules if any(name == e or name.startswith(e + ".") for e in exclude)}
+    return [(name, m) for name, m in modules if type(m) in qnn.QUANTIZED and id(m) not in outside]
 
 
 def quantize_(model, config=None, **settings):
@@ -114,7 +111,7 @@ def quantize_(model, config=None, **settings):
     the model itself is a layer). ValueError: nothing to quantize, already quantized, an unknown name in exclude.
     """
     config = config or QConfig(**settings)
-    names = dict(model.named_modules())
+    names = dict(model.named_modules(remove_duplicate=False))
     unknown = [e for e in config.exclude if e not in names]
     if unknown:
         raise ValueError(f"exclude names no module: {', '.join(unknown)}")
@@ -124,11 +121,12 @@ def quantize_(model, config=None, **settings):
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
         raise ValueError(f"model has no layer to quantize ({kinds})")
-    ends = {layers[0][0], layers[-1][0]} if config.first_last_bits is not None else set()
+    order = list(dict.fromkeys(id(layer) for _, layer in layers))
+    ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
     seeds, swapped = q.SeedSource(), {}
     for name, layer in layers:
         if id(layer) not in swapped:
-            swapped[id(layer)] = _quantized(layer, config, name in ends)
+            swapped[id(layer)] = _quantized(layer, config, id(layer) in ends)
         if name == "":
             model = swapped[id(layer)]
         else:
