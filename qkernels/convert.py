@@ -145,8 +145,8 @@ def _quantized(layer, config, at_end):
     kind = type(layer)
     weight_bits, act_bits = config.weight_bits, config.act_bits
     if at_end:
-        weight_bits = weight_bits and max(weight_bits, config.first_last_bits)
-        act_bits = act_bits and max(act_bits, config.first_last_bits)
+        weight_bits = weight_bits and config.first_last_bits
+        act_bits = act_bits and config.first_last_bits
     weight = None if weight_bits is None else config.weight_quantizer(kind, layer.weight, weight_bits)
     takes_floats = act_bits is not None and kind is not nn.Embedding
     return qnn.QUANTIZED[kind].wrap(
