@@ -55,7 +55,19 @@ class QConfig:
             raise ValueError(
                 f"weight_axis must be 0 (per output channel) or None (per tensor), got {self.weight_axis!r}"
             )
+        if self.weight_bits is None and self.act_bits is None:
+            raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
+        if self.act_signed not in (True, False, None):
+            raise ValueError(f"act_signed must be True, False or None, got {self.act_signed!r}")
+        if isinstance(self.exclude, str):
+            raise ValueError(f"exclude must be a sequence of module names, got {self.exclude!r}")
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        for name in ("weight_noise", "act_noise"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, noises.Noise):
+                raise ValueError(f"{name} must be one of qk.noise (Tempering, ...) or None, got {value!r}")
+        if not (isinstance(self.ewgs_delta, (int, float)) and self.ewgs_delta >= 0):
+            raise ValueError(f"ewgs_delta must be a number of at least 0, got {self.ewgs_delta!r}")
         for name, accepted in (
             ("grad_scale_count", ("features", "numel")),
             ("weight_norm", ("detach", "full", "none")),
