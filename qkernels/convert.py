@@ -233,8 +233,12 @@ def calibrate(model, loader, batches=8):
 def convert_(model):
     """Replace every quantized weight by packed integers, in place; evaluation outputs stay the same, bit for bit.
 
-    The model is left in evaluation mode and cannot be trained further. ValueError where nothing is quantized.
+    The model is left in evaluation mode and cannot be trained further. ValueError where nothing is quantized, or
+    it is converted already.
     """
+    quantized = [layer.weight_quantizer for _, layer in layers(model)]
+    if any(isinstance(weight, qnn.IntegerWeight) for weight in quantized):
+        raise ValueError("model is already converted")
     found = [
         (name, layer) for name, layer in layers(model) if isinstance(layer.weight_quantizer, q.Quantizer)
     ]
