@@ -260,7 +260,8 @@ def param_groups(model, lr, weight_decay=0.0, scale_lr=None):
     """
     learned, decayed = [], []
     for quantizer in quantizers(model):
-        (decayed if quantizer.decayed else learned).extend(quantizer.parameters(recurse=False))
+        trainable = [p for p in quantizer.parameters(recurse=False) if p.requires_grad]
+        (decayed if quantizer.decayed else learned).extend(trainable)
     own = {id(p) for p in (*learned, *decayed)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     scale_lr = lr if scale_lr is None else scale_lr
