@@ -284,7 +284,7 @@ def summary(model):
                 name or "(model)",
                 type(layer).__name__,
                 _describe(weight),
-                str(getattr(weight, "rows", getattr(weight, "shape", (1,))[0] if weight else "-")),
+                "-" if weight is None else str(weight.rows),
                 _steps(weight),
                 _describe(act),
                 _steps(act),

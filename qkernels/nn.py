@@ -107,6 +107,7 @@ class IntegerWeight(nn.Module):
         super().__init__()
         levels, grid = quantizer.integers(weight)
         self.shape, self.axis, self.dtype = tuple(weight.shape), quantizer.axis, weight.dtype
+        self.rows = quantizer.rows
         self.bits = next(b for b in (2, 4, 8) if b >= quantizer.bits)
         self.signed = levels.dtype == torch.int8
         # Levels of an unsigned 2-bit grid use the field's whole range; packing keeps the low bits of either sign.
