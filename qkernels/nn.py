@@ -121,6 +121,11 @@ class IntegerWeight(nn.Module):
         """The levels, int8 or uint8, in the weight's shape."""
         return ops.unpack(self.packed, self.bits, self.shape, self.signed)
 
+    def _apply(self, fn, recurse=True):
+        # model.to(dtype) moves the dtype of the values too, though no parameter holds it.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        return super()._apply(fn, recurse)
+
     def forward(self, _=None):
         grid = {name: getattr(self, name) for name in self.grid_names}
         return ops.dequantize(self.integers(), axis=self.axis, dtype=self.dtype, **grid)
