@@ -311,7 +311,8 @@ class SeedSource:
     """The seed of this step, one draw for a whole model; layers differ by their stream.
 
     ``renew`` is the model's forward pre-hook. The seed is a new int64 tensor each time, drawn from torch's generator,
-    so that torch.manual_seed and checkpoints of the generator reproduce a run.
+    so that torch.manual_seed and checkpoints of the generator reproduce a run. Activation checkpointing inside the
+    model recomputes with the latest seed: each forward needs its backward before the next forward.
     """
 
     def __init__(self):

@@ -75,7 +75,8 @@ def test_later_layers_see_float_activations_of_normalised_batches():
 def test_leaves_everything_else_as_it_was(training):
     model = quantized().train(training)
     model[1].eval()
-    model(inputs(1)[0]) if training else None
+    if training:
+        model(inputs(1)[0])
     before, modes = state(model), [m.training for m in model.modules()]
     tracked = model[1].running_mean, model[1].momentum, model[5].momentum
     assert qk.calibrate(model, inputs()) is model

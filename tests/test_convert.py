@@ -1,0 +1,479 @@
+"""quantize_, QConfig, seeds, convert_, summary and param_groups on whole models."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import qkernels as qk
+from qkernels import convert
+from qkernels.nn import IntegerWeight
+
+METHODS = ["lsq", "lsq+", "asymmetric", "saq", "pact", "dorefa", "noise_tempering", "diffq", "ewgs"]
+EVEN = {"first_last_bits": None}
+
+
+class Net(nn.Module):
+    """Every kind of layer but Embedding, with groups; `checkpointed` runs the middle under activation checkpointing."""
+
+    checkpointed = False
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1))
+        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2)
+        self.mix = nn.Conv1d(6, 3, 3)
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+        return self.head(self.mix(self.up(x).flatten(2)).mean(2))
+
+
+def batch(seed=3, dtype=torch.float32):
+    return torch.randn(2, 2, 5, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def calibrated(config=None, model=None, **settings):
+    torch.manual_seed(1)
+    model = qk.quantize_(model or Net(), config or qk.QConfig(**settings))
+    dtype = next(model.parameters()).dtype
+    return qk.calibrate(model, [batch(i, dtype) for i in range(2)])
+
+
+def same_bits(a, b):
+    """Equal down to the sign of zero."""
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
+
+
+def widths(model):
+    return [(layer.weight_quantizer.bits, layer.input_quantizer.bits) for _, layer in convert.layers(model)]
+
+
+def test_defaults_are_8_bit_at_the_ends():
+    assert widths(qk.quantize_(Net())) == [(8, 8), (4, 4), (4, 4), (4, 4), (4, 4), (8, 8)]
+
+
+@pytest.mark.parametrize("ends, expected", [(None, 3), (6, 6), (2, 2)])
+def test_first_last_bits(ends, expected):
+    found = widths(qk.quantize_(Net(), weight_bits=3, act_bits=3, first_last_bits=ends))
+    assert found == [(expected,) * 2, *[(3, 3)] * 4, (expected,) * 2]
+
+
+def test_ends_are_counted_without_the_excluded():
+    model = qk.quantize_(Net(), exclude=("stem", "body.0", "head"))
+    assert (
+        type(model.stem) is nn.Conv2d and type(model.body[0]) is nn.Conv2d and type(model.head) is nn.Linear
+    )
+    assert widths(model) == [(8, 8), (4, 4), (8, 8)]
+    model = qk.quantize_(Net(), exclude=["body"])
+    assert [name for name, _ in convert.layers(model)] == ["stem", "up", "mix", "head"]
+
+
+@pytest.mark.parametrize("weights, acts", [(4, None), (None, 4)])
+def test_none_leaves_weights_or_activations_alone(weights, acts):
+    model = qk.quantize_(Net(), weight_bits=weights, act_bits=acts)
+    for _, layer in convert.layers(model):
+        assert (layer.weight_quantizer is None) == (weights is None)
+        assert (layer.input_quantizer is None) == (acts is None)
+    if acts is None:
+        assert torch.equal(model.stem.quantized_input(batch()), batch())
+    else:
+        assert model.stem.quantized_weight() is model.stem.weight
+
+
+def test_scales_per_output_channel_or_tensor():
+    rows = [layer.weight_quantizer.scale.numel() for _, layer in convert.layers(qk.quantize_(Net()))]
+    assert rows == [4, 4, 4, 3, 3, 5], "a grouped ConvTranspose2d has its channels of one group along axis 1"
+    rows = {layer.weight_quantizer.scale.numel() for _, layer in convert.layers(calibrated(weight_axis=None))}
+    assert rows == {1}
+    embedding = qk.quantize_(nn.Embedding(7, 4, padding_idx=0))
+    assert embedding.weight_quantizer.scale.shape == (7,) and embedding(torch.tensor([0])).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Conv1d(2, 4, 3, padding=1, padding_mode="reflect"), (2, 2, 6)),
+        (nn.Conv2d(4, 4, 3, padding="same", groups=2, dilation=2), (2, 4, 6, 6)),
+        (nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1, bias=False), (2, 2, 4, 4)),
+        (nn.Linear(6, 3), (2, 4, 6)),
+    ],
+)
+def test_a_layer_is_its_float_self_on_quantized_tensors(layer, shape):
+    x, plain = torch.randn(shape), copy.deepcopy(layer)
+    quantized = qk.calibrate(qk.quantize_(layer, weight_bits=3, **EVEN), [x]).eval()
+    assert quantized is not layer and isinstance(quantized, type(layer)), "the model itself is one layer"
+    with torch.no_grad():
+        plain.weight.copy_(quantized.quantized_weight())
+        assert plain.weight.unique().numel() > 3
+        assert torch.equal(quantized(x), plain(quantized.quantized_input(x)))
+
+
+def test_transposed_output_size():
+    layer = qk.quantize_(nn.ConvTranspose2d(2, 3, 3, stride=2), act_bits=None)
+    assert layer(torch.randn(1, 2, 4, 4), output_size=(10, 10)).shape == (1, 3, 10, 10)
+
+
+def test_parameters_hooks_and_modes_stay():
+    model, calls = Net().train(), []
+    model.head.eval()
+    model.stem.register_forward_hook(lambda *_: calls.append("stem"))
+    model.mix.weight.requires_grad_(False)
+    model.up.weight.register_hook(lambda grad: calls.append("up"))
+    before, parameters = set(model.state_dict()), dict(model.named_parameters())
+    assert qk.quantize_(model) is model
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    assert all("_quantizer." in name for name in set(model.state_dict()) - before)
+    assert before <= set(model.state_dict())
+    assert model.stem.training and not model.head.training and not model.head.input_quantizer.training
+    assert not model.mix.weight.requires_grad
+    model.head.train()
+    model(batch()).sum().backward()
+    assert calls == ["stem", "up"] and model.mix.weight.grad is None
+
+
+def test_float_checkpoint_loads_with_only_the_quantizers_missing():
+    torch.manual_seed(5)
+    source = Net()
+    model = qk.quantize_(Net())
+    report = model.load_state_dict(source.state_dict(), strict=False)
+    assert not report.unexpected_keys
+    assert report.missing_keys and all("_quantizer." in name for name in report.missing_keys)
+    assert torch.equal(model.mix.weight, source.mix.weight)
+
+
+class Shared(nn.Module):
+    """One layer under two names, and one parameter in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(6, 4)
+        self.first = nn.Linear(4, 4)
+        self.again = nn.ModuleDict({"layer": self.first})
+        self.out = nn.Linear(4, 6, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.out(self.again["layer"](self.first(self.embed(x)).relu()))
+
+
+def test_shared_modules_and_tied_weights():
+    model = qk.quantize_(Shared(), weight_bits=3, act_bits=4)
+    assert model.first is model.again["layer"] and isinstance(model.first, qk.nn.QuantLinear)
+    assert model.out.weight is model.embed.weight
+    assert (model.embed.weight_quantizer.bits, model.first.weight_quantizer.bits) == (8, 3)
+    assert model.out.weight_quantizer.bits == 8 and len(convert.layers(model)) == 3
+    x = torch.randint(0, 6, (5,))
+    model.train()(x).square().sum().backward()
+    assert model.embed.weight.grad is not None
+    y = model.eval()(x)
+    assert torch.equal(qk.convert_(model)(x), y)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_and_checkpoints_give_the_same_outputs(method, tmp_path):
+    model = calibrated(method=method).eval()
+    y = model(batch())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(batch()), y)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(model(batch()), y), "a copy shares nothing"
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    fresh = qk.quantize_(Net(), method=method)
+    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(fresh.eval()(batch()), y), (
+        "step sizes, signs and that they are set travel with the state"
+    )
+
+
+def test_excluding_one_name_of_a_shared_module_leaves_it_alone():
+    model = qk.quantize_(Shared(), exclude=["again"])
+    assert type(model.first) is nn.Linear and model.again["layer"] is model.first
+    assert [name for name, _ in convert.layers(model)] == ["embed", "out"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trains_under_autocast(method):
+    model = calibrated(method=method).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(batch())
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def noisy(method="noise_tempering", **settings):
+    return calibrated(method=method, act_noise=qk.noise.FeaturePerturbation(p=1.0), **settings).train()
+
+
+@pytest.mark.parametrize("method", ["noise_tempering", "diffq"])
+def test_noise_follows_torchs_seed(method):
+    model = noisy(method)
+
+    def steps(seed):
+        torch.manual_seed(seed)
+        return [model(batch()) for _ in range(2)]
+
+    first, second = steps(0)
+    assert not torch.equal(first, second), "each step draws anew"
+    assert all(torch.equal(a, b) for a, b in zip(steps(0), (first, second), strict=True))
+    assert not torch.equal(steps(1)[0], first)
+    torch.manual_seed(0)
+    assert torch.equal(copy.deepcopy(model)(batch()), first)
+    model.eval()
+    assert torch.equal(model(batch()), model(batch()))
+
+
+def test_one_draw_per_forward_of_the_model():
+    model, x = noisy(), batch()
+    for training in (True, False):
+        torch.manual_seed(0)
+        model.train(training)(x)
+        after = torch.get_rng_state()
+        torch.manual_seed(0)
+        if training:
+            torch.ops.qkernels.draw_seed(x)
+        assert torch.equal(after, torch.get_rng_state())
+
+
+def test_layers_draw_different_noise():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    qk.quantize_(model, method="diffq", act_bits=None).train()
+    model(torch.randn(2, 16))
+    first, again, second = (model[i].quantized_weight() for i in (0, 0, 1))
+    assert torch.equal(first, again), "within a step a layer's noise stays"
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_checkpointing_recomputes_the_same_noise(outer):
+    def gradients(model, checkpointed):
+        torch.manual_seed(4)
+        model.checkpointed = checkpointed and not outer
+        run = (lambda x: checkpoint(model, x, use_reentrant=False)) if checkpointed and outer else model
+        for i in (7, 8):
+            run(batch(i)).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    plain = noisy("diffq", act_bits=4)
+    replayed = copy.deepcopy(plain)
+    for a, b in zip(gradients(plain, False), gradients(replayed, True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "saq"}, {"method": "diffq"}], ids=str)
+def test_compiles_without_breaks(settings):
+    model = calibrated(**settings).train()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        torch.manual_seed(0)
+        outputs = [run(batch()) for _ in range(2)]
+        outputs[1].square().sum().backward()
+        results.append((*outputs, [p.grad for p in run.parameters()]))
+    (x, y, grads), (w, z, others) = results
+    torch.testing.assert_close(w, x)
+    torch.testing.assert_close(z, y)
+    assert torch.equal(w, z) == (model.stem.weight_quantizer.noise is None), "each step draws its own noise"
+    for a, b in zip(grads, others, strict=True):
+        torch.testing.assert_close(b, a)
+
+
+GRIDS = list(itertools.product(METHODS, (2, 3, 4, 8), (0, None)))
+
+
+@pytest.mark.parametrize("method, bits, axis", GRIDS)
+def test_converted_outputs_are_the_same_bits(method, bits, axis):
+    model = calibrated(method=method, weight_bits=bits, act_bits=bits, weight_axis=axis, **EVEN)
+    with torch.no_grad():
+        # Weights that round to zero from either side, and zeros of either sign.
+        model.stem.weight.view(-1)[:4] = torch.tensor([1e-6, -1e-6, 0.0, -0.0])
+    model.eval()
+    y = model(batch())
+    weights = {name: layer.quantized_weight() for name, layer in convert.layers(model)}
+    assert qk.convert_(model) is model
+    assert same_bits(model(batch()), y)
+    for name, layer in convert.layers(model):
+        assert same_bits(layer.quantized_weight(), weights[name])
+        levels = layer.weight_quantizer.integers()
+        assert levels.dtype in (torch.int8, torch.uint8) and levels.unique().numel() <= 2**bits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_converted_bfloat16_models(method):
+    model = calibrated(method=method, model=Net().bfloat16()).eval()
+    y = model(batch(dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert same_bits(qk.convert_(model)(batch(dtype=torch.bfloat16)), y)
+
+
+def stored(model):
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def test_converted_state_is_packed_and_loads(tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+        qk.quantize_(model, weight_bits=4, weight_axis=None, **EVEN)
+        return qk.calibrate(model, [torch.randn(4, 64)])
+
+    model, x = build(0), torch.randn(3, 64)
+    whole = stored(model)
+    y = qk.convert_(model)(x)
+    assert stored(model) < whole / 7.5 and not any(name.endswith(".weight") for name in model.state_dict())
+    assert model[0].weight_quantizer.packed.numel() == 64 * 64 // 2
+    torch.save(model.state_dict(), tmp_path / "packed.pt")
+    other = qk.convert_(build(1))
+    assert not torch.equal(other(x), y)
+    other.load_state_dict(torch.load(tmp_path / "packed.pt", weights_only=True))
+    assert torch.equal(other(x), y) and torch.equal(copy.deepcopy(other)(x), y)
+
+
+def test_a_converted_model_follows_the_dtype_it_is_moved_to():
+    model = qk.convert_(calibrated(weight_bits=4))
+    y = model(batch())
+    z = model.bfloat16()(batch(dtype=torch.bfloat16))
+    assert z.dtype == torch.bfloat16
+    torch.testing.assert_close(z.float(), y, rtol=0.3, atol=0.3)
+
+
+def test_after_convert():
+    model = qk.convert_(calibrated(method="noise_tempering"))
+    assert not model.training
+    with pytest.raises(ValueError, match="already converted"):
+        qk.convert_(model)
+    with pytest.raises(ValueError, match="model is already quantized"):
+        qk.quantize_(model)
+    weights = [layer.quantized_weight() for _, layer in convert.layers(model)]
+    # A step of an optimizer moves what is left (biases, activation steps) and no weight.
+    optimizer = torch.optim.SGD(qk.param_groups(model, lr=0.1))
+    model.train()(batch()).square().sum().backward()
+    optimizer.step()
+    for (_, layer), weight in zip(convert.layers(model), weights, strict=True):
+        assert torch.equal(layer.quantized_weight(), weight)
+    assert isinstance(model.stem.weight_quantizer, IntegerWeight)
+
+
+def test_convert_and_quantize_errors():
+    with pytest.raises(ValueError, match="model has no quantized layer to convert: call qk.quantize_ first"):
+        qk.convert_(Net())
+    with pytest.raises(ValueError, match=r"model has no layer to quantize \(Linear, Conv1d, Conv2d"):
+        qk.quantize_(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="model is already quantized"):
+        qk.quantize_(qk.quantize_(Net()))
+    model = Net()
+    with pytest.raises(ValueError, match="exclude names no module: heads, tail"):
+        qk.quantize_(model, exclude=("heads", "tail", "stem"))
+    assert not convert.layers(model)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "lsqq"}, r"method must be one of lsq, lsq\+, asymmetric, saq, .*ewgs; got 'lsqq'"),
+        ({"weight_bits": 1}, "weight_bits must be an int from 2 to 8 or None, got 1"),
+        ({"weight_bits": 9}, "weight_bits must be an int from 2 to 8 or None, got 9"),
+        ({"act_bits": 4.0}, "act_bits must be an int from 2 to 8 or None, got 4.0"),
+        ({"first_last_bits": "8"}, "first_last_bits must be an int from 2 to 8 or None, got '8'"),
+        ({"weight_bits": None, "act_bits": None}, "weight_bits and act_bits are both None"),
+        ({"weight_axis": 1}, r"weight_axis must be 0 \(per output channel\) or None \(per tensor\), got 1"),
+        ({"grad_scale_count": "n"}, "grad_scale_count must be one of features, numel; got 'n'"),
+        ({"weight_norm": True}, "weight_norm must be one of detach, full, none; got True"),
+        ({"act_signed": "auto"}, "act_signed must be True, False or None, got 'auto'"),
+        ({"exclude": "head"}, "exclude must be a sequence of module names, got 'head'"),
+        ({"weight_noise": "tempering"}, "weight_noise must be one of qk.noise .*got 'tempering'"),
+        ({"act_noise": 0.1}, "act_noise must be one of qk.noise .*got 0.1"),
+        ({"ewgs_delta": -0.1}, "ewgs_delta must be a number of at least 0, got -0.1"),
+        ({"ewgs_delta": "big"}, "ewgs_delta must be a number of at least 0, got 'big'"),
+    ],
+    ids=str,
+)
+def test_qconfig_errors(settings, message):
+    with pytest.raises(ValueError, match=message):
+        qk.QConfig(**settings)
+    model = Net()
+    with pytest.raises(ValueError, match=message):
+        qk.quantize_(model, **settings)
+    assert not convert.layers(model)
+
+
+def table(model):
+    head, *rows = (line.split("  ") for line in qk.summary(model).splitlines())
+    names = [cell.strip() for cell in head if cell.strip()]
+    return [dict(zip(names, [c.strip() for c in row if c.strip()], strict=True)) for row in rows]
+
+
+def test_summary():
+    assert qk.summary(Net()) == "no quantized layer"
+    model = qk.quantize_(Net(), exclude=["mix"])
+    rows = table(model)
+    assert [row["layer"] for row in rows] == ["stem", "body.0", "body.2", "up", "head"]
+    assert [row["kind"] for row in rows] == ["QuantConv2d"] * 3 + ["QuantConvTranspose2d", "QuantLinear"]
+    assert {row["input step"] for row in rows} == {"not calibrated"}
+    qk.calibrate(model, [batch()])
+    rows = table(model)
+    assert rows[0]["weight"] == "8 bit [-128, 127]" and rows[2]["input"] == "4 bit [0, 15]"
+    assert float(rows[0]["input step"]) == pytest.approx(model.stem.input_quantizer.scale.item(), rel=1e-3)
+    shape = [row["rows"] for row in rows]
+    assert shape == ["4", "4", "4", "3", "5"]
+    rows = table(qk.convert_(model))
+    assert [row["rows"] for row in rows] == shape and rows[1]["weight"] == "int4"
+    assert table(calibrated(weight_bits=None))[0]["weight"] == "float"
+    (single,) = table(qk.quantize_(nn.Linear(2, 3), weight_axis=None))
+    assert (single["layer"], single["rows"]) == ("(model)", "1")
+    assert table(qk.convert_(calibrated(weight_axis=None)))[0]["rows"] == "1"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_param_groups(method):
+    model = calibrated(method=method)
+    model.norm.bias.requires_grad_(False)
+    model.stem.input_quantizer.requires_grad_(False)
+    groups = qk.param_groups(model, lr=0.1, weight_decay=0.01, scale_lr=0.002)
+    listed = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in listed}) == len(listed)
+    assert {id(p) for p in listed} == {id(p) for p in model.parameters() if p.requires_grad}
+    setting = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "_quantizer." in name:
+            assert setting[id(parameter)] == (0.002, 0.01 if method == "pact" else 0.0), name
+        else:
+            assert setting[id(parameter)] == (0.1, 0.01), name
+    assert all(group["lr"] == 0.1 for group in qk.param_groups(model, lr=0.1))
+    assert all(group["params"] for group in groups)
+    torch.optim.SGD(groups, momentum=0.9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_few_steps_of_training_lower_the_loss(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(64, 8)
+    target = x[:, :4].argmax(1)
+    qk.calibrate(qk.quantize_(model, method=method, weight_bits=4, act_bits=4), [x]).train()
+    optimizer = torch.optim.SGD(qk.param_groups(model, lr=0.05), momentum=0.9)
+    losses = []
+    for _ in range(40):
+        loss = F.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
