@@ -19,8 +19,9 @@ from qkernels.training.engine import Interrupt, Trainer, lr_schedule
 from qkernels.training.recipe import available_recipes, load_recipe, parse_assignment
 from qkernels.training.run import Interrupted
 
-RECIPES = ["float", "lsq", "lsq+", "pact", "dorefa", "saq_clip", "kd", "noise_tempering", "diffq", "ewgs"]
-QUANTIZED = [recipe for recipe in RECIPES if recipe != "float"]
+QUANTIZED = ["lsq", "lsq+", "pact", "dorefa", "saq_clip", "kd", "noise_tempering", "diffq", "ewgs", "fpq", "saq",
+             "saq_vit", "sam", "sam_then_sgd"]  # fmt: skip
+RECIPES = ["float", "float_sam", "qgen", "qgen_resnet", *QUANTIZED]
 ROOT = Path(__file__).parents[1]
 TINY = {"model": "tiny", "data": "fake:3x8x8:4", "batch_size": 32, "epochs": 2, "augment": False}
 
@@ -98,7 +99,7 @@ def assert_same(a, b, where=""):
 # The loop
 
 
-@pytest.mark.parametrize("recipe", ["float", "lsq", "noise_tempering"])
+@pytest.mark.parametrize("recipe", ["float", "lsq", "noise_tempering", "saq"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("first", [5, 16, 21])  # mid-epoch, an epoch's end, the middle of the second
 def test_resume_is_exact(tmp_path, recipe, optimizer, first):
@@ -322,7 +323,7 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
         ({"epochs": True}, "overrides: epochs = True is a bool; expected int"),
         ({"epochs": 0}, "epochs: 0 is not positive"),
         ({"lr": -0.1}, "lr: -0.1 is not positive"),
-        ({"optimizer": "adam"}, "optimizer: 'adam' is not one of sgd, adamw"),
+        ({"optimizer": "lion"}, "optimizer: 'lion' is not one of sgd, adam, adamw, rmsprop"),
         ({"schedule": "linear"}, "schedule: 'linear' is not one of cosine, step"),
         ({"amp": "fp8"}, "amp: 'fp8' is not one of none, bf16, fp16"),
         ({"lr.x": 1}, "overrides: lr.x: lr is not a table"),
@@ -383,7 +384,99 @@ def test_logit_distillation_loss():
             build.optimizer(Tiny(), {**config, "method": ""})
 
 
+@pytest.mark.parametrize(
+    "model, bits, settings, rho",
+    [
+        ("tiny", 2, {}, 0.30),  # ResNet-18's
+        ("tiny", 4, {}, 0.65),
+        ("tiny", 8, {}, 0.65),  # the nearest that is given
+        ("tiny", 3, {}, 0.30),
+        ("resnet50", 4, {}, 0.95),
+        ("mobilenet_v2", 2, {}, 0.40),
+        ("resnet50", 4, {"sharpness.rho": 0.1}, 0.1),
+    ],
+)
+def test_saq_takes_rho_by_model_and_bits(model, bits, settings, rho):
+    config = make_config(**{**TINY, "recipe": "saq", "model": model, "weight_bits": bits, **settings})
+    optimizer = build.optimizer(build.quantize(Tiny(), config), {**config, "clip_grad_norm": 2.0})
+    assert {group["rho"] for group in optimizer.param_groups} == {rho}
+    assert (optimizer.case, optimizer.every, optimizer.beta, optimizer.max_norm) == (3, 4, 0.7, 2.0)
+
+
+@pytest.mark.parametrize(
+    "recipe, change, message",
+    [
+        ("saq", {"sharpness.radius": 1.0}, "sharpness: .*unexpected keyword argument 'radius'"),
+        ("saq", {"sharpness.case": 4}, "case must be 1, 2 or 3, got 4"),
+        ("saq", {"weight_bits": 32}, "case 3 needs a model with quantized weights"),
+        ("fpq", {"distill.scale": 1.0}, "distill: .*unexpected keyword argument 'scale'"),
+        ("fpq", {"weight_bits": 32, "act_bits": 32}, "distill: needs a quantized method"),
+        ("fpq", {"float_recipe": ""}, "distill: needs a trained teacher; give init, or a float_recipe"),
+        ("lsq", {"quantizer.axis": 1}, "quantizer: .*unexpected keyword argument 'axis'"),
+    ],
+)
+def test_bad_arguments_of_the_methods_are_named(tmp_path, recipe, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(make_config(**{**TINY, "recipe": recipe, **change}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("adam", "Adam"), ("adamw", "AdamW"), ("rmsprop", "RMSprop"), ("sgd", "SGD")]
+)
+def test_optimizers(name, kind):
+    config = make_config(**{**TINY, "recipe": "lsq", "optimizer": name})
+    assert type(build.optimizer(build.quantize(Tiny(), config), config)) is getattr(torch.optim, kind)
+
+
+def test_clipping_with_two_passes_bounds_what_they_add_up_to():
+    settings = {
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "clip_grad_norm": 0.01,
+        "schedule": "constant",
+        "lr": 1.0,
+    }
+    run = trainer("saq", **settings, **{"sharpness.every": 1})
+    before = [p.clone() for p in run.model.parameters()]
+    run.train_epoch(stop_after(1))
+    moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(run.model.parameters(), before)))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
 # Runs
+
+
+def test_qgen_starts_from_random_weights_and_keeps_the_lowest_training_loss(tmp_path, monkeypatch):
+    """The learning rate explodes in the last epoch, so that an earlier one is the best."""
+    monkeypatch.setattr(
+        "qkernels.training.run.lr_schedule", lambda *_, **__: lambda epoch: 1.0 if epoch < 2 else 300.0
+    )
+    config = make_config(**{**TINY, "recipe": "qgen", "epochs": 3, "lr": 0.01})
+    result = train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "float").exists() and (result["weight_bits"], result["act_bits"]) == (
+        4,
+        32,
+    )
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[2]["train_loss"] > log[1]["train_loss"] < log[0]["train_loss"]
+    assert result["test_loss"] == log[1]["test_loss"] != log[2]["test_loss"]
+    assert_same(checkpoint.load_model(tmp_path / "run"), checkpoint.load_model(tmp_path / "run" / "selected"))
+    initial = checkpoint.load_model(tmp_path / "run" / "initial.safetensors")
+    torch.manual_seed(0)
+    assert_same(initial["conv1.weight"], Tiny().conv1.weight.data)
+
+
+def test_32_bits_are_floating_point(tmp_path):
+    config = make_config(**{**TINY, "epochs": 1, "recipe": "qgen", "weight_bits": 32})
+    assert config["method"] == "" and train(config, tmp_path / "run", quiet=True)["weight_bits"] == 32
+
+
+def test_sam_then_sgd_trains_its_float_model_with_sam(tmp_path):
+    config = make_config(**{**TINY, "epochs": 1}, recipe="sam_then_sgd", float_epochs=1)
+    train(config, tmp_path / "run", quiet=True)
+    start = json.loads((tmp_path / "run" / "float" / "config.json").read_text())
+    assert start["recipe"] == "float_sam" and start["sharpness"]["kind"] == "sam" and not config["sharpness"]
 
 
 def test_a_run_folder(tmp_path):
@@ -478,7 +571,19 @@ def interrupting(monkeypatch, step):
     monkeypatch.setattr(Trainer, "_step", stepping)
 
 
-@pytest.mark.parametrize("recipe, step", [("float", 3), ("float", 16), ("lsq", 5), ("lsq", 40)])
+@pytest.mark.parametrize(
+    "recipe, step",
+    [
+        ("float", 3),
+        ("float", 16),
+        ("lsq", 5),
+        ("lsq", 40),
+        ("fpq", 21),
+        ("saq", 22),
+        ("sam_then_sgd", 6),
+        ("qgen", 19),
+    ],
+)
 def test_ctrl_c_then_resume_is_the_uninterrupted_run(tmp_path, monkeypatch, capsys, recipe, step):
     """lsq trains 16 float steps first, so it is stopped once in the float phase and once after it."""
     config = make_config(**TINY, recipe=recipe, float_epochs=1, bn_reestimate=2)

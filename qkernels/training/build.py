@@ -21,13 +21,7 @@ def quantize(model, config):
         return model
     arguments = {key: _argument(key, value) for key, value in config["quantizer"].items()}
     bits = {key: None if config[key] == 32 else config[key] for key in ("weight_bits", "act_bits")}
-    try:
-        qconfig = qk.QConfig(method=config["method"], **bits, **arguments)
-    except TypeError as error:
-        raise ValueError(
-            f"quantizer: {config['quantizer']} has an argument that QConfig does not know: {error}"
-        ) from None
-    return qk.quantize_(model, qconfig)
+    return qk.quantize_(model, _made("quantizer", qk.QConfig, method=config["method"], **bits, **arguments))
 
 
 def _argument(key, value):
@@ -62,31 +56,52 @@ def load_weights(model, path):
 
 
 def optimizer(model, config):
-    """SGD or AdamW over `qk.param_groups`, inside the sharpness-aware wrapper the settings name, if any."""
+    """The optimizer over `qk.param_groups`, inside the sharpness-aware wrapper the settings name, if any."""
     decay = config["weight_decay"] * config["weight_decay_by_bits"].get(str(config["weight_bits"]), 1.0)
     if config["method"]:
         groups = qk.param_groups(model, lr=config["lr"], weight_decay=decay)
     else:
         groups = [{"params": list(model.parameters()), "lr": config["lr"], "weight_decay": decay}]
-    if config["optimizer"] == "adamw":
-        base = torch.optim.AdamW(groups, betas=tuple(config["betas"]))
-    else:
+    kind = config["optimizer"]
+    if kind == "sgd":
         base = torch.optim.SGD(groups, momentum=config["momentum"], nesterov=config["nesterov"])
-    if not config["sharpness"]:
-        return base
+    elif kind == "rmsprop":
+        base = torch.optim.RMSprop(groups)
+    else:
+        base = (torch.optim.AdamW if kind == "adamw" else torch.optim.Adam)(
+            groups, betas=tuple(config["betas"])
+        )
+    return _sharpness_aware(model, base, config) if config["sharpness"] else base
+
+
+def _sharpness_aware(model, base, config):
     arguments = dict(config["sharpness"])
     kind = arguments.pop("kind", None)
     wrappers = {"sam": "SAM", "saq": "SAQ"}
     if kind not in wrappers:
         raise ValueError(f"sharpness.kind: {kind!r} is not one of {', '.join(wrappers)}")
-    return getattr(qk.optim, wrappers[kind])(model, base, **arguments)
+    radii = arguments.pop("rho_by_model", {}).get(config["model"], arguments.pop("rho_by_bits", None))
+    arguments.pop("rho_by_bits", None)
+    if radii and "rho" not in arguments:
+        nearest = min(sorted(map(int, radii)), key=lambda bits: abs(bits - config["weight_bits"]))
+        arguments["rho"] = radii[str(nearest)]
+    clip = config["clip_grad_norm"] or None
+    return _made("sharpness", getattr(qk.optim, wrappers[kind]), model, base, max_norm=clip, **arguments)
+
+
+def _made(setting, make, *args, **arguments):
+    """`make(...)`, where an argument that it does not know is a bad setting."""
+    try:
+        return make(*args, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{setting}: {error}") from None
 
 
 def loss(config, model, teacher):
     """`loss(output, target, x)`: cross-entropy, plus what the settings' `distill` table asks for.
 
     "logits": (1 - weight) * CE + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)), Hinton 2015.
-    "features": CE + weight * `qk.distill.FeatureDistillation`.
+    "features": CE + weight * `qk.distill.FeatureDistillation`, with its arguments `reduction` and `layers`.
     """
     cross_entropy = torch.nn.CrossEntropyLoss(label_smoothing=config["label_smoothing"])
     if not config["distill"]:
@@ -94,7 +109,7 @@ def loss(config, model, teacher):
     arguments = dict(config["distill"])
     kind, weight = arguments.pop("kind", None), arguments.pop("weight", 1.0)
     if kind == "features":
-        distill = qk.distill.FeatureDistillation(student=model, teacher=teacher, **arguments)
+        distill = _made("distill", qk.distill.FeatureDistillation, model, teacher, **arguments)
         return lambda output, target, x: cross_entropy(output.float(), target) + weight * distill.loss(x)
     if kind != "logits":
         raise ValueError(f"distill.kind: {kind!r} is not one of logits, features")
@@ -104,9 +119,8 @@ def loss(config, model, teacher):
 
     def logits_loss(output, target, x):
         with torch.no_grad():
-            wanted = torch.log_softmax(teacher(x).float() / temperature, 1)
-        given = torch.log_softmax(output.float() / temperature, 1)
-        divergence = torch.nn.functional.kl_div(given, wanted, reduction="batchmean", log_target=True)
-        return (1 - weight) * cross_entropy(output.float(), target) + weight * temperature**2 * divergence
+            wanted = teacher(x)
+        divergence = qk.distill.logit_distillation(output, wanted, temperature)
+        return (1 - weight) * cross_entropy(output.float(), target) + weight * divergence
 
     return logits_loss

@@ -61,7 +61,8 @@ class Trainer:
         self.lr_factor, self.accumulate, self.clip_grad_norm = lr_factor, accumulate, clip_grad_norm
         self.amp_dtype = AMP_DTYPES[amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
-        if amp == "fp16" and hasattr(optimizer, "first_step"):
+        self.several_passes = hasattr(optimizer, "first_step")
+        if amp == "fp16" and self.several_passes:
             raise ValueError(
                 "amp: 'fp16' scales gradients, which an optimizer with several passes per step cannot undo; "
                 "use 'bf16' or 'none'"
@@ -70,6 +71,8 @@ class Trainer:
         if distributed.active():
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.parallel = torch.nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            if self.several_passes:
+                optimizer.model = self.parallel  # it decides which of its passes exchange gradients
         self.forward = self.parallel or self.model
         if compile:
             self.forward = torch.compile(self.forward)
@@ -77,7 +80,7 @@ class Trainer:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self.epoch = self.batch = self.step = 0
-        self.best_acc = 0.0
+        self.best_acc, self.best_loss = 0.0, math.inf  # on test and training data
         self._begin_epoch()
 
     def _begin_epoch(self):
@@ -180,7 +183,8 @@ class Trainer:
         )
 
     def _clip(self):
-        if self.clip_grad_norm > 0:
+        # An optimizer of several passes clips what they add up to.
+        if self.clip_grad_norm > 0 and not self.several_passes:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
 
     def autocast(self):
@@ -208,6 +212,7 @@ class Trainer:
             "sums": distributed.gather(self.sums.cpu()),
             "seconds": self.seconds,
             "best_acc": self.best_acc,
+            "best_loss": self.best_loss,
             "random": distributed.gather(random_state()),
         }
 
@@ -224,7 +229,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.sums, self.seconds = state["sums"][distributed.rank()].to(self.device), state["seconds"]
-        self.best_acc = state["best_acc"]
+        self.best_acc, self.best_loss = state["best_acc"], state["best_loss"]
         set_random_state(state["random"][distributed.rank()])
 
 

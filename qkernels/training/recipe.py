@@ -10,12 +10,12 @@ from pathlib import Path
 SETTINGS = {
     "summary": "",  # one line for --list-recipes
     "method": "",  # of QConfig; empty trains in floating point
-    "weight_bits": 4,  # 2 to 8; 32 stays in floating point
+    "weight_bits": 4,  # 2 to 8; 32 stays in floating point, and both of them train in floating point
     "act_bits": 4,
     "epochs": 100,
     "batch_size": 128,
     "augment": True,
-    "optimizer": "sgd",  # or "adamw"
+    "optimizer": "sgd",  # or "adam", "adamw", "rmsprop"
     "lr": 0.1,
     "momentum": 0.9,
     "nesterov": False,
@@ -32,8 +32,10 @@ SETTINGS = {
     "amp": "none",  # or "bf16", "fp16"
     "compile": False,
     "channels_last": False,
+    "float_recipe": "float",  # of that float model; "" starts a quantized run from random weights
     "float_epochs": 0,  # of the float model a quantized run without --init trains first; 0: as the float recipe says
     "calibration_batches": 8,
+    "select": "last",  # or "train_loss": the result is the epoch of lowest training loss
     "bn_reestimate": 0,  # batches for the BatchNorm statistics after training; 0 is off
     "quantizer": {},  # further arguments of QConfig; None is "none", a noise { kind = "Tempering", c = 0.2 }
     "distill": {},  # kind = "logits" | "features", weight, ...: a loss against the float model
@@ -41,9 +43,10 @@ SETTINGS = {
 }
 POSITIVE = ("epochs", "batch_size", "accumulate", "weight_bits", "act_bits")
 CHOICES = {
-    "optimizer": ("sgd", "adamw"),
+    "optimizer": ("sgd", "adam", "adamw", "rmsprop"),
     "schedule": ("cosine", "step", "cosine_steps", "constant"),
     "amp": ("none", "bf16", "fp16"),
+    "select": ("last", "train_loss"),
 }
 _FOLDER = importlib.resources.files(__package__) / "recipes"
 
@@ -74,6 +77,8 @@ def load_recipe(name, data="", overrides=None):
     ):
         for key, value in layer.items():
             _set(settings, key, value, source)
+    if settings["weight_bits"] == settings["act_bits"] == 32:
+        settings["method"] = ""
     _check(settings)
     if not settings["method"]:
         settings["weight_bits"] = settings["act_bits"] = 32

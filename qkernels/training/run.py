@@ -204,18 +204,20 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", config)
     init = config["init"]
-    if config["method"] and init is None:
+    if config["method"] and init is None and config["float_recipe"]:
         init = _train_float(config, out, machine, options)
     return _train_one(config, out, init, model, data, machine, options)
 
 
 def _try(config, model):
     """Builds on a copy what the run will build, so that a bad setting fails before anything is written."""
+    if config["distill"] and config["init"] is None and not config["float_recipe"]:
+        raise ValueError("distill: needs a trained teacher; give init, or a float_recipe")
     probe = deepcopy(model)
     if config["init"] is not None:
         build.load_weights(probe, config["init"])
     build.optimizer(build.quantize(probe, config), config)
-    build.loss(config, probe, model)
+    build.loss(config, probe, deepcopy(model))  # it may leave hooks on them
     _lr_factor(config)
 
 
@@ -231,7 +233,7 @@ def _train_float(config, out, machine, options):
         say("no --init: training the float model first, in " + str(folder), options["quiet"])
         same = {key: config[key] for key in ("model", "data", "seed", "image_size", "batch_size", "augment")}
         epochs = {"epochs": config["float_epochs"]} if config["float_epochs"] else {}
-        start = make_config(recipe="float", **same, **epochs)
+        start = make_config(recipe=config["float_recipe"], **same, **epochs)
         data = _data(start, **machine)
         _seed(start["seed"])
         distributed.barrier()
@@ -281,14 +283,14 @@ def _train_one(config, out, init, model, data, machine, options):
         log = RunLog(out, config["epochs"], trainer.epoch, len(data.train), **shown)
         trainer.progress = log.step
     try:
-        _train_epochs(trainer, out, log, options["keep_best"])
+        _train_epochs(trainer, out, log, options["keep_best"], config["select"])
     finally:
         if log is not None:
             log.close()
     return _finish(trainer, config, out, data)
 
 
-def _train_epochs(trainer, out, log, keep_best):
+def _train_epochs(trainer, out, log, keep_best, select):
     with Interrupt() as interrupt:
         while trainer.epoch < trainer.epochs:
             record = trainer.train_epoch(stop=interrupt)
@@ -300,6 +302,10 @@ def _train_epochs(trainer, out, log, keep_best):
                     trainer.best_acc = record["test_acc"]
                     if keep_best:
                         _save(out / "best", trainer)
+                if record["train_loss"] < trainer.best_loss:
+                    trainer.best_loss = record["train_loss"]
+                    if select == "train_loss":
+                        _save(out / "selected", trainer)
             _save(out / "checkpoint", trainer)
             if record is None or (trainer.epoch < trainer.epochs and interrupt()):
                 raise Interrupted(interrupt.signal or signal.SIGINT, out)
@@ -312,7 +318,10 @@ def _save(path, trainer):
 
 
 def _finish(trainer, config, out, data):
-    """BatchNorm statistics if asked for, the final measurements, `result.json`."""
+    """The epoch selected, BatchNorm statistics if asked for, the final measurements, `result.json`."""
+    if config["select"] == "train_loss":
+        trainer.model.load_state_dict(checkpoint.load(out / "selected", trainer.device)[0])
+        _save(out / "checkpoint", trainer)
     if config["bn_reestimate"]:
         data.train.set_epoch(0)
         bn_reestimate(trainer.model, data.train, config["bn_reestimate"])
