@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from qkernels import reference, testing
 from qkernels import triton as launchers
@@ -24,10 +25,10 @@ def chosen():
 @pytest.mark.parametrize("case", chosen(), ids=lambda case: case.id("triton"))
 def test_parity(case, device, poisoned):
     args = case.args(device)
-    kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    got = getattr(launchers, case.op)(*args)
-    testing.compare(case, args, got, getattr(reference, case.op)(*args))
-    for before, after in zip(kept, args):
+    kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in tree_leaves(args)]
+    run = testing.backends(case.op, device)
+    testing.compare(case, args, run["triton"](*args), run["reference"](*args))
+    for before, after in zip(kept, tree_leaves(args)):
         if isinstance(after, torch.Tensor):
             assert torch.equal(before.nan_to_num(nan=0.5), after.nan_to_num(nan=0.5)), "an input was written"
 
