@@ -1,48 +1,8 @@
 // The CUDA ops as torch sees them: checks, outputs from torch's allocator, the caller's device and stream.
-// The declarations of the CUDA shims stand behind this name in torch's headers.
-#define USE_CUDA
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include "cuda/launch.h"
-#include "glue.h"
+#include "cuda/bind.h"
 
 namespace qk {
 namespace {
-
-Dtype dtype_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "qkernels: x must be float32, bfloat16, float16 or float64");
-  }
-}
-
-// Makes x's device the current one; the other tensors have to be there too.
-struct Device {
-  int32_t index;
-  torch::stable::accelerator::DeviceGuard guard;
-
-  explicit Device(const Tensor& x) : index(x.get_device_index()), guard(index) {}
-  const Device& check(const MaybeTensor& t, const char* name) const {
-    STD_TORCH_CHECK(!t || (t->is_cuda() && t->get_device_index() == index), "qkernels: ", name,
-                    " must be on cuda:", index, " as x is");
-    return *this;
-  }
-  cudaStream_t stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    return static_cast<cudaStream_t>(stream);
-  }
-};
 
 struct RowTensors {
   Tensor scale;
@@ -93,7 +53,7 @@ Tensor fake_quantize_cuda(const Tensor& x_, const Tensor& scale, const MaybeTens
                           const MaybeTensor& shift, const MaybeTensor& shift_scale) {
   const Device device(x_);
   const Tensor x = ordered(x_, scale, axis);
-  const Dtype type = dtype_of(x.scalar_type());
+  const Dtype type = dtype_of(x.scalar_type(), "x");
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
   const NoiseTensors drawn(device, noise, a, b, seed, stream, shift, shift_scale, x);
@@ -113,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(const Tensor& gra
   device.check(grad_, "grad");
   const Tensor x = ordered(x_, scale, axis), grad = aligned(grad_, x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "qkernels: grad and x differ in dtype");
-  const Dtype dtype = dtype_of(x.scalar_type());
+  const Dtype dtype = dtype_of(x.scalar_type(), "x");
   const ScalarType type = compute_type(x.scalar_type());
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
@@ -135,7 +95,7 @@ Tensor quantize_cuda(const Tensor& x_, const Tensor& scale, const MaybeTensor& o
                      int64_t axis, int64_t quant_min, int64_t quant_max) {
   const Device device(x_);
   const Tensor x = ordered(x_, scale, axis);
-  const Dtype type = dtype_of(x.scalar_type());
+  const Dtype type = dtype_of(x.scalar_type(), "x");
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
   Tensor q = empty_like_as(x, quant_max > 127 ? ScalarType::Byte : ScalarType::Char);
@@ -155,7 +115,7 @@ Tensor dequantize_cuda(const Tensor& q_, const Tensor& scale, const MaybeTensor&
   const Device device(q_);
   const Tensor q = ordered(q_, scale, axis);
   const uint8_t* in = bytes_of(q);
-  const Dtype type = dtype_of(dtype);
+  const Dtype type = dtype_of(dtype, "dtype");
   const Walk walk(q.numel(), layout_of(q, scale, axis));
   const RowTensors rows(device, dtype, scale, offset, zero_point, 0, 0);
   Tensor y = empty_like_as(q, dtype);

@@ -1,57 +1,24 @@
 // The standardised distance as torch sees it on CUDA: checks, outputs from torch's allocator, device and stream.
-// The declarations of the CUDA shims stand behind this name in torch's headers.
-#define USE_CUDA
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
+#include "cuda/bind.h"
 #include "cuda/moments.h"
-#include "glue.h"
 
 namespace qk {
 namespace {
 
 // Student and teacher in one memory order on the current device.
 struct Pair {
-  int32_t device;
-  torch::stable::accelerator::DeviceGuard guard;
+  Device device;
   Tensor student, teacher;
   Walk walk;
 
   Pair(const Tensor& student_, const Tensor& teacher_, int64_t axis)
-      : device(student_.get_device_index()),
-        guard(device),
-        student(dense(student_)),
-        teacher(ordered(teacher_)),
-        walk(student.numel(), layout(axis)) {}
+      : device(student_), student(dense(student_)), teacher(ordered(teacher_)), walk(student.numel(), layout(axis)) {}
 
-  Dtype type() const {
-    switch (student.scalar_type()) {
-      case ScalarType::Float:
-        return Dtype::kFloat32;
-      case ScalarType::BFloat16:
-        return Dtype::kBFloat16;
-      case ScalarType::Half:
-        return Dtype::kFloat16;
-      case ScalarType::Double:
-        return Dtype::kFloat64;
-      default:
-        STD_TORCH_CHECK(false, "qkernels: student must be float32, bfloat16, float16 or float64");
-    }
-  }
-  cudaStream_t stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    return static_cast<cudaStream_t>(stream);
-  }
-  void check(const Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device, "qkernels: ", name, " must be on cuda:", device,
-                    " as student is");
-  }
+  Dtype type() const { return dtype_of(student.scalar_type(), "student"); }
 
  private:
   Tensor ordered(const Tensor& t) const {
-    check(t, "teacher");
+    device.check(t, "teacher");
     STD_TORCH_CHECK(t.scalar_type() == student.scalar_type(), "qkernels: student and teacher differ in dtype");
     return aligned(t, student);
   }
@@ -73,7 +40,7 @@ std::tuple<Tensor, Tensor> standardized_distance_cuda(const Tensor& student, con
   STD_CUDA_CHECK(launch_standardized_distance(
       walk, pair.type(), pair.student.const_data_ptr(), pair.teacher.const_data_ptr(), {eps, mean},
       static_cast<double*>(partial.mutable_data_ptr()), distance.mutable_data_ptr(),
-      static_cast<double*>(moments.mutable_data_ptr()), pair.stream()));
+      static_cast<double*>(moments.mutable_data_ptr()), pair.device.stream()));
   return {distance, moments};
 }
 
@@ -81,8 +48,7 @@ Tensor standardized_distance_backward_cuda(const Tensor& grad, const Tensor& stu
                                            const Tensor& moments_, int64_t axis, double eps, bool mean) {
   const Pair pair(student, teacher, axis);
   const Walk& walk = pair.walk;
-  pair.check(grad, "grad");
-  pair.check(moments_, "moments");
+  pair.device.check(grad, "grad").check(moments_, "moments");
   const ScalarType type = compute_type(student.scalar_type());
   STD_TORCH_CHECK(grad.dim() == 1 && grad.numel() == walk.rows && grad.scalar_type() == type,
                   "qkernels: grad has the wrong dtype or length");
@@ -92,7 +58,7 @@ Tensor standardized_distance_backward_cuda(const Tensor& grad, const Tensor& stu
   STD_CUDA_CHECK(launch_standardized_distance_backward(
       walk, pair.type(), grad.const_data_ptr(), grad.stride(0), pair.student.const_data_ptr(),
       pair.teacher.const_data_ptr(), static_cast<const double*>(moments.const_data_ptr()), {eps, mean},
-      slopes.mutable_data_ptr(), ds.mutable_data_ptr(), pair.stream()));
+      slopes.mutable_data_ptr(), ds.mutable_data_ptr(), pair.device.stream()));
   return ds;
 }
 

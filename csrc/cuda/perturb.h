@@ -1,5 +1,8 @@
 // Lists of tensors on the GPU: one launch takes a table of tensors by value, cut into chunks of equal size.
 #pragma once
+#include <memory>
+#include <vector>
+
 #include "cuda/launch.h"
 
 namespace qk {
@@ -21,6 +24,45 @@ struct Table {
   void* out[kOutputs];
   int32_t entries, chunks, copies;
 };
+
+// One tensor of a list; w, d and p are null where the launch has no use for them.
+struct Member {
+  Dtype type;
+  int64_t numel;
+  const void *w, *d, *p;
+};
+
+inline int64_t chunks_of(int64_t numel) { return (numel + kListChunk - 1) / kListChunk; }
+inline int64_t chunks_of(const std::vector<Member>& list) {
+  int64_t sum = 0;
+  for (const Member& member : list) sum += chunks_of(member.numel);
+  return sum;
+}
+
+// launch(table, dtype) for every table of a list: one dtype each, no empty tensors. out: `copies` times the list.
+template <class F>
+void for_tables(const std::vector<Member>& list, void* const* out, int32_t copies, const F& launch) {
+  const size_t most = copies ? std::min<size_t>(kEntries, kOutputs / copies) : kEntries;
+  const auto table = std::make_unique<Table>();
+  for (const Dtype type : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16, Dtype::kFloat64}) {
+    std::vector<size_t> chosen;
+    for (size_t t = 0; t < list.size(); ++t) {
+      if (list[t].numel && list[t].type == type) chosen.push_back(t);
+    }
+    for (size_t begin = 0; begin < chosen.size(); begin += most) {
+      const size_t count = std::min(most, chosen.size() - begin);
+      table->entries = int32_t(count), table->chunks = 0, table->copies = copies;
+      for (size_t e = 0; e < count; ++e) {
+        const size_t t = chosen[begin + e];
+        const Member& member = list[t];
+        table->entry[e] = {member.w, member.d, member.p, member.numel, table->chunks, int32_t(t)};
+        table->chunks += int32_t(chunks_of(member.numel));
+        for (int32_t k = 0; k < copies; ++k) table->out[k * count + e] = out[size_t(k) * list.size() + t];
+      }
+      launch(*table, type);
+    }
+  }
+}
 
 struct PerturbSettings {
   int64_t move;
