@@ -17,7 +17,11 @@
 namespace qk {
 
 constexpr int kThreads = 256;
-constexpr int kMaxBlocks = 8192;
+#ifndef QK_MAX_BLOCKS
+#define QK_MAX_BLOCKS 8192
+#endif
+// A test lowers it, so that few elements reach the strides over the grid.
+constexpr int kMaxBlocks = QK_MAX_BLOCKS;
 // Elements of a chunk of columns: each has its own row's numbers and sums in registers.
 constexpr int kColumns = 4;
 
