@@ -24,8 +24,7 @@ class Quantizer(nn.Module):
         noise: one of qk.noise, drawn in training only. count: N of LSQ's gradient scale 1/sqrt(N * quant_max):
             "features" (elements that share a scale, without the batch) or "numel" (all elements).
 
-    ``capture`` keeps the last output in ``quantized`` with its gradient; ``shift`` and ``shift_scale`` add
-    shift_scale * shift to the next outputs (SAQ's perturbation after the quantizer).
+    ``shift`` and ``shift_scale``: the next outputs are y + shift_scale * shift (SAQ's perturbation of Q(w)).
     """
 
     learned: tuple[str, ...] = ()  # names of the parameters
@@ -46,7 +45,7 @@ class Quantizer(nn.Module):
         self.register_buffer("state", torch.zeros(1, dtype=torch.uint8))
         self.started, self.statistics = False, None
         self.seeds, self.stream = None, 0
-        self.capture, self.quantized, self.shift, self.shift_scale = False, None, None, None
+        self.shift, self.shift_scale = None, None
 
     def bounds(self):
         """(quant_min, quant_max) of the grid."""
@@ -84,14 +83,10 @@ class Quantizer(nn.Module):
             self._start_from_batch(x)
         x = self.prepare(x)
         quant_min, quant_max = self.bounds()
-        y = ops.fake_quantize(
+        return ops.fake_quantize(
             x, axis=self.axis, quant_min=quant_min, quant_max=quant_max, grad_scale=self.grad_scale(x),
             shift=self.shift, shift_scale=self.shift_scale, **self._noise(x), **self.grid(), **self.estimator(),
         )  # fmt: skip
-        if self.capture and y.requires_grad:
-            y.retain_grad()
-            self.quantized = y
-        return y
 
     def integers(self, x):
         """The stored levels of x with the grid's numbers: dequantize(**) of them equals the evaluation output."""
