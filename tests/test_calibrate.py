@@ -103,14 +103,16 @@ def test_calibrating_again_starts_over():
     model = quantized()
     qk.calibrate(model, [1000 * x for x in inputs()])
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
+        for name, parameter in model.named_parameters():
+            parameter.mul_(3 if "quantizer" in name else 0.5)
     qk.calibrate(model, inputs())
     fresh = quantized()
     with torch.no_grad():
         for mine, other in zip(fresh.parameters(), model.parameters(), strict=True):
             mine.copy_(other)
     assert steps(qk.calibrate(fresh, inputs())) == steps(model)
+    expected = 2 * model[4].weight.abs().mean((1, 2, 3)) / 7**0.5
+    torch.testing.assert_close(model[4].weight_quantizer.scale, expected)
 
 
 def test_the_sign_is_decided_anew():
