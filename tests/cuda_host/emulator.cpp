@@ -1,0 +1,131 @@
+// The emulator itself: fibers, launches, faults.
+#include <link.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <memory>
+
+#include "cuda_host.h"
+
+namespace emulator {
+
+Index thread, block;
+dim3 grid;
+double lanes[1024];
+
+namespace {
+
+// A kernel's parameters, up to 32 KiB, stand on every fiber's stack.
+constexpr size_t kStack = 1 << 17;
+
+struct Fiber {
+  std::unique_ptr<char[]> stack;
+  jmp_buf at;
+  bool ended;
+  int barriers;
+};
+
+jmp_buf scheduler;
+Fiber fibers[1024];
+const std::function<void()>* body;
+int current;
+cudaError_t error = cudaSuccess;
+bool backwards = false;
+
+void give_turn() {
+  if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1);
+}
+
+// A fiber runs its thread of block after block: making one costs system calls.
+void run() {
+  for (;; give_turn()) {
+    (*body)();
+    fibers[current].ended = true;
+  }
+}
+
+void resume(int t) {
+  Fiber& fiber = fibers[t];
+  current = t;
+  thread.x = unsigned(t);
+  if (_setjmp(scheduler)) return;
+  if (fiber.stack) _longjmp(fiber.at, 1);
+  fiber.stack.reset(new char[kStack]);
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fiber.stack.get();
+  start.uc_stack.ss_size = kStack;
+  start.uc_link = nullptr;
+  makecontext(&start, run, 0);
+  setcontext(&start);
+}
+
+int poison(dl_phdr_info* info, size_t, void* inside) {
+  bool own = false;
+  size_t bytes = 0;
+  for (int k = 0; k < info->dlpi_phnum; ++k) {
+    const auto& part = info->dlpi_phdr[k];
+    const uintptr_t begin = info->dlpi_addr + part.p_vaddr;
+    own |= part.p_type == PT_LOAD && uintptr_t(inside) - begin < part.p_memsz;
+    if (part.p_type == PT_TLS) bytes = part.p_memsz;
+  }
+  if (own && bytes && info->dlpi_tls_data) memset(info->dlpi_tls_data, 0xFF, bytes);
+  return own;
+}
+
+// The threads of one block, from barrier to barrier. False where they disagree on the barriers.
+bool run_block(int threads) {
+  dl_iterate_phdr(poison, &grid);
+  for (int t = 0; t < threads; ++t) fibers[t].ended = false, fibers[t].barriers = 0;
+  while (!fibers[0].ended) {
+    for (int k = 0; k < threads; ++k) resume(backwards ? threads - 1 - k : k);
+    for (int t = 1; t < threads; ++t) {
+      if (fibers[t].barriers != fibers[0].barriers || fibers[t].ended != fibers[0].ended) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+void barrier() {
+  ++fibers[current].barriers;
+  give_turn();
+}
+
+void fault(cudaError_t what) {
+  if (error == cudaSuccess) error = what;
+}
+
+void launch(dim3 blocks, int threads, const std::function<void()>& kernel) {
+  if (!blocks.x || blocks.x > 0x7FFFFFFF || !blocks.y || blocks.y > 65535 || threads < 1 || threads > 1024) {
+    return fault(cudaErrorInvalidConfiguration);
+  }
+  grid = blocks;
+  body = &kernel;
+  const unsigned count = blocks.x * blocks.y;
+  for (unsigned k = 0; k < count && error == cudaSuccess; ++k) {
+    const unsigned number = backwards ? count - 1 - k : k;
+    block = {number % blocks.x, number / blocks.x};
+    if (run_block(threads)) continue;
+    fault(cudaErrorLaunchFailure);
+    // Those that wait in the middle of the kernel will not go on.
+    for (Fiber& fiber : fibers) fiber.stack.reset();
+  }
+}
+
+}  // namespace emulator
+
+extern "C" {
+
+void emulator_order(bool backwards) { emulator::backwards = backwards; }
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = emulator::error;
+  emulator::error = cudaSuccess;
+  return error;
+}
+
+// What g++ calls for -fsanitize=alignment.
+void __ubsan_handle_type_mismatch_v1(void*, void*) { emulator::fault(cudaErrorMisalignedAddress); }
+}
