@@ -38,8 +38,8 @@ SETTINGS = {
     "select": "last",  # or "train_loss": the result is the epoch of lowest training loss
     "bn_reestimate": 0,  # batches for the BatchNorm statistics after training; 0 is off
     "quantizer": {},  # further arguments of QConfig; None is "none", a noise { kind = "Tempering", c = 0.2 }
-    "distill": {},  # kind = "logits" | "features", weight, ...: a loss against the float model
-    "sharpness": {},  # kind = "sam" | "saq", ...: the optimizer around the optimizer
+    "distill": {},  # kind = "logits" | "features" | "none", weight, ...: a loss against the float model
+    "sharpness": {},  # kind = "sam" | "saq" | "none", ...: the optimizer around the optimizer
 }
 POSITIVE = ("epochs", "batch_size", "accumulate", "weight_bits", "act_bits")
 CHOICES = {
@@ -77,6 +77,9 @@ def load_recipe(name, data="", overrides=None):
     ):
         for key, value in layer.items():
             _set(settings, key, value, source)
+    for key in ("distill", "sharpness"):
+        if settings[key].get("kind") == "none":
+            settings[key] = {}
     if settings["weight_bits"] == settings["act_bits"] == 32:
         settings["method"] = ""
     _check(settings)

@@ -1,0 +1,265 @@
+"""`qkernels sweep`: a grid of training runs, resumable, by several processes and machines that share a folder."""
+
+import importlib.resources
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+from pathlib import Path
+
+from .training.cells import Cell, check_cells, results, work
+from .training.log import say, write_atomically, write_json
+from .training.recipe import SETTINGS, _toml, parse_assignment
+from .training.run import RUN
+
+_KEYS = ("by", "settings", "grid")
+_GRIDS = importlib.resources.files("qkernels.training") / "grids"
+_COLUMNS = {
+    "train_acc": ("Train acc %", 100.0, 2),
+    "test_acc": ("Test acc %", 100.0, 2),
+    "train_loss": ("Train loss", 1.0, 4),
+    "test_loss": ("Test loss", 1.0, 4),
+    "gap": ("Generalization", 1.0, 4),
+}
+
+
+def add_arguments(parser):
+    """Declares the arguments of `qkernels sweep`."""
+    flag = parser.add_argument
+    flag("grid", metavar="FILE.toml", help="the grid, or the name of one that comes with the package: qgen")
+    flag("--out", required=True, metavar="DIR", help="a run folder per cell, table.md, table.json")
+    flag("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
+    flag("--engine", choices=("local", "ray"), default="local", help="ray: the workers are Ray tasks")
+    flag("--data", metavar="SPEC", help="instead of the grid's")
+    flag("--epochs", type=int, metavar="N", help="instead of the recipe's")
+    flag("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every cell")
+    flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
+    flag("--threads", type=int, metavar="N", help="CPU threads of a worker (default: the cores divided)")
+    flag("--retry", action="store_true", help="train the cells again that failed")
+    flag("--list", action="store_true", help="name the cells and exit")
+    flag("--quiet", action="store_true", help="print the table only")
+
+
+def main(args):
+    """Runs `qkernels sweep`; returns the exit code, 1 where cells failed or are left."""
+    fixed = {key: getattr(args, key) for key in ("data", "epochs") if getattr(args, key) is not None}
+    fixed.update(parse_assignment(text) for text in args.set)
+    grid = load_grid(args.grid, fixed)
+    cells = [cell for cell, _ in grid["cells"]]
+    if args.list:
+        print("\n".join(cell.name for cell in cells))
+        return 0
+    threads = args.threads or max(1, (os.cpu_count() or 1) // max(1, args.workers))
+    machine = {"device": args.device, "threads": threads}
+    stopped = run_cells(cells, args.out, args.workers, args.engine, args.retry, args.quiet, **machine)
+    print(write_table(grid, args.out))
+    if stopped:
+        say(f"qkernels: stopped; continue with the same command (--out {args.out})")
+        return 128 + stopped
+    finished, failed = results(cells, args.out)
+    if len(finished) < len(cells):
+        say(
+            f"{len(failed)} cells failed, {len(cells) - len(finished) - len(failed)} are left or train elsewhere"
+        )
+    return int(len(finished) < len(cells))
+
+
+def load_grid(path, fixed=None):
+    """The cells of a grid file, in its order.
+
+    The file has `[settings]`, which all cells share, and `[grid]`, a list of values for each axis; cells are their
+    product. Keys are the arguments and settings of `qkernels train` ("sharpness.rho" reaches into a table). A value
+    that is a table sets all that is in it. Other axes may stand in braces in text: model = "nin_d{depth}_w{width}".
+    `by` names the axes of which the final table has a row per value; over the others it averages.
+
+    Args:
+        path: a .toml file, or the name of a grid of the package. fixed: settings over those of the file.
+
+    Returns: {"by": names, "cells": [(Cell, {axis: value})]}.
+    Raises: ValueError naming the key.
+    """
+    file = Path(path) if str(path).endswith(".toml") else _GRIDS / f"{path}.toml"
+    if not file.is_file():
+        raise ValueError(
+            f"grid: {path} is neither a .toml file nor a grid of the package ({', '.join(_names())})"
+        )
+    toml = _toml()
+    try:
+        given = toml.loads(file.read_text())
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"grid: {file} is not valid TOML: {error}") from None
+    if unknown := sorted(given.keys() - set(_KEYS)):
+        raise ValueError(f"grid: unknown key {unknown[0]!r} in {file}; known are {', '.join(_KEYS)}")
+    settings, axes = {**given.get("settings", {}), **(fixed or {})}, given.get("grid", {})
+    _check_axes(settings, axes)
+    by = given.get("by", [])
+    if wrong := [axis for axis in by if axis not in axes]:
+        raise ValueError(f"by: {wrong[0]!r} is no axis of the grid; axes are {', '.join(axes)}")
+    points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+    cells = [(_cell(settings, point, fixed or {}), point) for point in points]
+    names = [cell.name for cell, _ in cells]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"grid: two cells are both named {twice[0]}")
+    return {"by": list(by), "cells": cells}
+
+
+def _names():
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in _GRIDS.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def _check_axes(settings, axes):
+    text = " ".join(v for v in settings.values() if isinstance(v, str))
+    for axis, values in axes.items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"grid.{axis}: {values!r} is not a list of values")
+        tables = all(isinstance(value, dict) for value in values) and axis not in SETTINGS
+        if not (tables or _known(axis) or f"{{{axis}}}" in text):
+            raise ValueError(f"grid.{axis}: no setting of that name, nor is {{{axis}}} in a setting's text")
+    for key in (
+        *settings,
+        *(k for values in axes.values() for v in values if isinstance(v, dict) for k in v),
+    ):
+        if not _known(key):
+            raise ValueError(f"settings.{key}: no setting of that name")
+
+
+def _known(key):
+    return key.partition(".")[0] in {**SETTINGS, **RUN}
+
+
+def _cell(settings, point, fixed):
+    """The cell at a point of the grid: its name says the point, its arguments are settings."""
+    arguments, words = dict(settings), []
+    for axis, value in point.items():
+        words.append(f"{axis}-{'-'.join(map(str, value.values())) if isinstance(value, dict) else value}")
+        if isinstance(value, dict) and axis not in SETTINGS:
+            arguments.update(value)
+        elif _known(axis):
+            arguments[axis] = value
+    arguments.update(fixed)
+    try:
+        filled = {k: v.format(**point) if isinstance(v, str) else v for k, v in arguments.items()}
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"settings: {{{error}}} in a setting's text is no axis of the grid") from None
+    return Cell(re.sub(r"[^\w.=+-]+", "-", "_".join(words)) or "cell", filled)
+
+
+def run_cells(cells, out, workers=1, engine="local", retry=False, quiet=False, **machine):
+    """Trains what is left of `cells` with `workers` processes; returns the signal that stopped it, else 0.
+
+    machine: device and threads, as of `train`.
+    Raises: ValueError (bad settings, before anything is written), ImportError (engine "ray" without Ray).
+    """
+    if workers < 1:
+        raise ValueError(f"workers: {workers} is not a positive number")
+    check_cells(cells, out)
+    out = Path(out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if retry:
+        for cell in cells:
+            (out / cell.name / "failure.json").unlink(missing_ok=True)
+    if engine == "ray":
+        return _run_on_ray(cells, out, workers, quiet, machine)
+    if workers == 1:
+        return work(cells, out, quiet, **machine)
+    return _run_processes(cells, out, workers, quiet, machine)
+
+
+def _run_processes(cells, out, workers, quiet, machine):
+    context, stopped = multiprocessing.get_context("spawn"), 0
+    common = (cells, out, quiet, os.getpid(), machine)
+    processes = [context.Process(target=_worker, args=common) for _ in range(workers)]
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            try:
+                for process in processes:
+                    process.join()
+            except KeyboardInterrupt:
+                stopped = signal.SIGINT
+                for process in processes:
+                    process.terminate()  # which each answers with a checkpoint
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    lost = [p.exitcode for p in processes if p.exitcode]
+    if lost and not stopped:
+        say(f"{len(lost)} of {workers} workers ended early (exit codes {', '.join(map(str, lost))})", quiet)
+    return stopped
+
+
+def _worker(cells, out, quiet, parent, machine):
+    os.setsid()  # Ctrl-C is for the parent, which passes it on once
+    raise SystemExit(work(cells, out, quiet, parent, **machine))
+
+
+def _run_on_ray(cells, out, workers, quiet, machine):
+    """The same workers as Ray tasks; `out` is on a file system that all nodes share."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "--engine ray needs Ray: pip install ray (one machine needs none: --workers N)"
+        ) from error
+    ray.init(ignore_reinit_error=True)
+    task = ray.remote(num_cpus=machine.get("threads") or 1, max_retries=-1)(work)
+    stopped = ray.get([task.remote(cells, out, quiet, **machine) for _ in range(workers)])
+    return max(stopped)
+
+
+def write_table(grid, out):
+    """Means over the finished cells by the grid's `by` axes: OUT/table.md and table.json; returns the former's text.
+
+    The columns of QGen's table 1. Nothing in it depends on time or order, so a sweep that was interrupted ends with
+    the same table.
+    """
+    out = Path(out)
+    cells = [cell for cell, _ in grid["cells"]]
+    finished, failed = results(cells, out)
+    groups = {}
+    for cell, point in grid["cells"]:
+        group = groups.setdefault(json.dumps([point[axis] for axis in grid["by"]]), [0, []])
+        group[0] += 1
+        if cell.name in finished:
+            result = finished[cell.name]
+            group[1].append({**result, "gap": result["test_loss"] - result["train_loss"]})
+    rows = []
+    for key, (size, members) in groups.items():
+        row = dict(zip(grid["by"], json.loads(key))) | {"finished": len(members), "cells": size}
+        for name in _COLUMNS if members else ():
+            values = [member[name] for member in members]
+            row[name] = statistics.fmean(values)
+            row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    text = _markdown(grid["by"], rows)
+    if out.is_dir():
+        write_json(out / "table.json", {"rows": rows, "failed": failed})
+        write_atomically(out / "table.md", text + "\n")
+    return text
+
+
+def _markdown(by, rows):
+    headers = [*by, "Models", *(name for name, _, _ in _COLUMNS.values())]
+    lines = [headers, ["---"] * len(headers)]
+    for row in rows:
+        count = (
+            str(row["cells"]) if row["finished"] == row["cells"] else f"{row['finished']} of {row['cells']}"
+        )
+        cells = [_word(row[axis]) for axis in by] + [count]
+        for name, (_, factor, digits) in _COLUMNS.items():
+            cells.append(f"{factor * row[name]:.{digits}f}" if name in row else "-")
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
+    )
+
+
+def _word(value):
+    return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

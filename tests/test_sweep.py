@@ -1,0 +1,265 @@
+"""Sweeps: the cells of a grid, claims between processes, and the same table after any interruption."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qkernels import cli, sweep
+from qkernels.sweep import load_grid, run_cells
+from qkernels.training import cells as cells_module
+from qkernels.training.cells import claim
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+by = ["weight_bits"]
+[settings]
+recipe = "qgen"
+model = "nin_d{depth}_w1"
+data = "fake:3x8x8:4"
+epochs = 2
+lr = 0.01
+[grid]
+depth = [1, 2]
+weight_bits = [32, 2]
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    (tmp_path / "grid.toml").write_text(TINY)
+    return tmp_path / "grid.toml"
+
+
+def command(grid, out, *more):
+    argv = ["sweep", str(grid), "--out", str(out), "--threads", "1", "--device", "cpu", *map(str, more)]
+    return [sys.executable, "-m", "qkernels", *argv]
+
+
+def tables(out):
+    return [(out / name).read_text() for name in ("table.md", "table.json")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The tables of the tiny grid, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "grid.toml").write_text(TINY)
+    argv = [
+        "sweep",
+        str(folder / "grid.toml"),
+        "--out",
+        str(folder / "out"),
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert cli.main(argv) == 0
+    return tables(folder / "out")
+
+
+def test_qgens_grid_has_3_to_the_5_cells_at_four_precisions():
+    found = load_grid("qgen")
+    cells = [cell for cell, _ in found["cells"]]
+    assert len(cells) == len({cell.name for cell in cells}) == 4 * 3**5 and found["by"] == ["weight_bits"]
+    first = cells[0].arguments
+    assert (first["model"], first["optimizer"], first["lr"], first["weight_bits"]) == (
+        "nin_d2_w8",
+        "sgd",
+        0.1,
+        32,
+    )
+    assert {c.arguments["lr"] for c in cells if c.arguments["optimizer"] == "rmsprop"} == {
+        0.001,
+        0.0005,
+        0.0001,
+    }
+    other = load_grid("qgen", {"data": "digits", "epochs": 3})["cells"][-1][0].arguments
+    assert other["data"] == "digits" and other["epochs"] == 3 and other["model"] == "nin_d4_w12"
+    from qkernels.training import make_config
+
+    assert make_config(**first)["method"] == "" and make_config(**cells[1].arguments)["method"] == "lsq"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[grids]\na = [1]", "grid: unknown key 'grids' in .*; known are by, settings, grid"),
+        ("[grid]\nlr = 0.1", "grid.lr: 0.1 is not a list of values"),
+        ("[grid]\nlr = []", "grid.lr: .. is not a list of values"),
+        ("[grid]\ndepht = [1]", "grid.depht: no setting of that name, nor is {depht} in a setting's text"),
+        ("[settings]\nrate = 1", "settings.rate: no setting of that name"),
+        ("[grid]\ntraining = [{ rate = 1 }]", "settings.rate: no setting of that name"),
+        ('by = ["seed"]\n[grid]\nlr = [0.1]', "by: 'seed' is no axis of the grid; axes are lr"),
+        (
+            '[settings]\nmodel = "nin_d{depth}"\n[grid]\nlr = [0.1]',
+            "settings: {'depth'} in a setting's text is no",
+        ),
+        ("[grid]\nlr = [0.1, 0.1]", "grid: two cells are both named lr-0.1"),
+        ("[grid\n", "is not valid TOML"),
+    ],
+)
+def test_bad_grids_are_named(tmp_path, text, message):
+    (tmp_path / "bad.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_grid(tmp_path / "bad.toml")
+    with pytest.raises(
+        ValueError, match="grid: absent is neither a .toml file nor a grid of the package .qgen"
+    ):
+        load_grid("absent")
+
+
+def test_bad_settings_fail_before_anything_is_written(tmp_path, grid, capsys):
+    argv = command(grid, tmp_path / "out")[3:]
+    for more, message in (
+        (["--set", "schedule=linear"], "schedule: 'linear' is not one of"),
+        (["--workers", "0"], "workers: 0 is not a positive number"),
+        (["--set", "lrr=1"], "settings.lrr: no setting of that name"),
+    ):
+        assert cli.main([*argv, *more]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_table_is_the_mean_over_cells(whole):
+    text, values = whole[0].splitlines(), json.loads(whole[1])
+    assert text[0].split("|")[1].strip() == "weight_bits" and "Generalization" in text[0]
+    assert [row["weight_bits"] for row in values["rows"]] == [32, 2] and values["failed"] == {}
+    for line, row in zip(text[2:], values["rows"], strict=True):
+        assert (row["finished"], row["cells"]) == (2, 2)
+        assert row["gap"] == pytest.approx(row["test_loss"] - row["train_loss"])
+        shown = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert shown[:3] == [str(row["weight_bits"]), "2", f"{100 * row['train_acc']:.2f}"]
+
+
+def test_killed_with_9_and_started_again_gives_the_same_table(tmp_path, grid, whole, capsys):
+    """The workers of the killed process end by themselves; what they had claimed is trained on by the next."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(grid, out, "--workers", 2, "--set", "seed=0"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*/checkpoint")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list(out.glob("*/result.json"))) < 4 and list((out / "claims").iterdir())
+    assert cli.main(command(grid, out)[3:]) == 0
+    assert tables(out) == whole and not list((out / "claims").iterdir())
+    assert capsys.readouterr().out.strip() == whole[0].strip()
+
+
+def test_interrupted_then_continued_gives_the_same_table(tmp_path, grid, whole, monkeypatch, capsys):
+    from qkernels.training.engine import Trainer
+
+    plain, count = Trainer._step, iter(range(1, 10**6))
+
+    def stepping(self, batches):
+        if next(count) == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", stepping)
+    argv = command(grid, tmp_path / "out")[3:]
+    assert cli.main(argv) == 130
+    captured = capsys.readouterr()
+    assert "stopped; continue with the same command" in captured.err and "1 of 2" in captured.out
+    assert cli.main(argv) == 0 and tables(tmp_path / "out") == whole
+    assert cli.main([*argv, "--set", "lr=0.02"]) == 2
+    assert "lr = 0.02 differs from 0.01 of the run in" in capsys.readouterr().err
+
+
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, grid, capsys):
+    argv = command(grid, tmp_path / "out", "--set", "epochs=1")[3:]
+    grid.write_text(TINY.replace('by = ["weight_bits"]', 'by = ["depth"]').replace("[1, 2]", "[1, 9999]"))
+    plain, cells_module.train = cells_module.train, failing(cells_module.train)
+    try:
+        assert cli.main(argv) == 1
+    finally:
+        cells_module.train = plain
+    captured = capsys.readouterr()
+    assert "the training loss became nan" in captured.err and "2 cells failed, 0 are left" in captured.err
+    assert "0 of 2" in captured.out and len(json.loads(tables(tmp_path / "out")[1])["failed"]) == 2
+
+
+def failing(train):
+    """`train`, in which the largest networks diverge."""
+
+    def training(config, *args, **options):
+        if "9999" in config["model"]:
+            raise RuntimeError("the training loss became nan")
+        return train(config, *args, **options)
+
+    return training
+
+
+def test_a_living_claim_is_respected_and_a_dead_one_taken(tmp_path):
+    with (
+        claim(tmp_path, "cell") as first,
+        claim(tmp_path, "cell") as second,
+        claim(tmp_path, "cell.0") as other,
+    ):
+        assert (first, second, other) == (True, False, True)
+    assert not list(tmp_path.iterdir())
+    child = multiprocessing.get_context("spawn").Process(target=claim_and_die, args=(tmp_path,))
+    child.start()
+    child.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.0"]
+    with claim(tmp_path, "cell") as mine:
+        assert mine and [path.name for path in tmp_path.iterdir()] == ["cell.1"]
+
+
+def claim_and_die(folder):
+    context = claim(folder, "cell")
+    assert context.__enter__()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_claim_of_another_machine_is_void_without_signs_of_life(tmp_path):
+    path = tmp_path / "cell.4"
+    path.write_text(json.dumps({"machine": "elsewhere", "pid": 1, "started": "1"}))
+    with claim(tmp_path, "cell") as mine:
+        assert not mine
+    long_ago = time.time() - 2 * cells_module.LEASE
+    os.utime(path, (long_ago, long_ago))
+    with claim(tmp_path, "cell") as mine:
+        assert mine and [p.name for p in tmp_path.iterdir()] == ["cell.5"]
+
+
+def test_a_reused_process_id_is_not_taken_for_the_owner(tmp_path):
+    owner = {**cells_module._self(), "started": "1"}
+    (tmp_path / "cell.0").write_text(json.dumps(owner))
+    with claim(tmp_path, "cell") as mine:
+        assert mine
+
+
+def test_only_one_of_many_gets_a_claim(tmp_path):
+    """Sixteen threads at once, over a stale claim and over none."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    for name, stale in (("a", True), ("b", False)):
+        if stale:
+            (tmp_path / f"{name}.0").write_text(json.dumps({**cells_module._self(), "started": "1"}))
+        with ThreadPoolExecutor(16) as pool:
+            taken = list(pool.map(lambda _, name=name: cells_module._take(tmp_path, name), range(64)))
+        assert sum(path is not None for path in taken) == 1
+
+
+def test_ray_is_an_extra(tmp_path, grid, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    cells = [cell for cell, _ in load_grid(grid)["cells"]]
+    with pytest.raises(ImportError, match="--engine ray needs Ray: pip install ray"):
+        run_cells(cells, tmp_path / "out", engine="ray")
+
+
+def test_list_names_the_cells(grid, tmp_path, capsys):
+    assert cli.main(["sweep", str(grid), "--out", str(tmp_path / "out"), "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names[0] == "depth-1_weight_bits-32" and len(names) == 4 and not (tmp_path / "out").exists()
+    assert sweep._known("sharpness.rho") and not sweep._known("depth")
