@@ -2,8 +2,8 @@
 //
 // Included before a .cu file whose `kernel<<<grid, threads, shared, stream>>>(args)` reads `emulate(grid, threads,
 // shared, stream, [&] { kernel(args); })`. What a GPU would answer with an error or with chance is a fault here:
-// an empty grid, a misaligned access, threads of a block that meet different numbers of barriers. Local and shared
-// memory begin as garbage. Threads and blocks run in either order, so that a missing barrier changes a result.
+// an empty grid, a misaligned access, threads that do not all meet a barrier. Local and shared
+// memory begin as garbage. Threads, warps and blocks run in either order, so that a missing barrier changes a result.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,6 +40,7 @@ extern dim3 grid;
 extern double lanes[1024];  // what each thread gives to a shuffle
 
 void barrier();
+void warp_barrier();
 void fault(cudaError_t error);
 void launch(dim3 blocks, int threads, const std::function<void()>& kernel);
 
@@ -56,14 +57,13 @@ void emulate(dim3 blocks, int threads, size_t, cudaStream_t, const F& kernel) {
 
 inline void __syncthreads() { emulator::barrier(); }
 
-// The whole block meets here; on a GPU only the warp does.
 template <class T>
 T __shfl_down_sync(unsigned, T v, int offset, int width) {
   const int t = threadIdx.x;
   emulator::lanes[t] = double(v);
-  emulator::barrier();
+  emulator::warp_barrier();
   const T other = t % width + offset < width ? T(emulator::lanes[t + offset]) : v;
-  emulator::barrier();
+  emulator::warp_barrier();
   return other;
 }
 

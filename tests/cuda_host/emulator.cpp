@@ -3,6 +3,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <memory>
 
 #include "cuda_host.h"
@@ -18,11 +19,12 @@ namespace {
 // A kernel's parameters, up to 32 KiB, stand on every fiber's stack.
 constexpr size_t kStack = 1 << 17;
 
+enum class Waits { kForWarp, kForBlock, kNoMore };
+
 struct Fiber {
   std::unique_ptr<char[]> stack;
   jmp_buf at;
-  bool ended;
-  int barriers;
+  Waits waits;
 };
 
 jmp_buf scheduler;
@@ -32,16 +34,14 @@ int current;
 cudaError_t error = cudaSuccess;
 bool backwards = false;
 
-void give_turn() {
+void give_turn(Waits waits) {
+  fibers[current].waits = waits;
   if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1);
 }
 
 // A fiber runs its thread of block after block: making one costs system calls.
 void run() {
-  for (;; give_turn()) {
-    (*body)();
-    fibers[current].ended = true;
-  }
+  for (;; give_turn(Waits::kNoMore)) (*body)();
 }
 
 void resume(int t) {
@@ -73,25 +73,36 @@ int poison(dl_phdr_info* info, size_t, void* inside) {
   return own;
 }
 
-// The threads of one block, from barrier to barrier. False where they disagree on the barriers.
+// The threads of one warp up to the block's next barrier. False where they disagree on what they wait for.
+bool run_warp(int first, int end) {
+  do {
+    for (int t = first; t < end; ++t) resume(backwards ? end - 1 - (t - first) : t);
+    for (int t = first; t < end; ++t) {
+      if (fibers[t].waits != fibers[first].waits) return false;
+    }
+  } while (fibers[first].waits == Waits::kForWarp);
+  return true;
+}
+
 bool run_block(int threads) {
   dl_iterate_phdr(poison, &grid);
-  for (int t = 0; t < threads; ++t) fibers[t].ended = false, fibers[t].barriers = 0;
-  while (!fibers[0].ended) {
-    for (int k = 0; k < threads; ++k) resume(backwards ? threads - 1 - k : k);
-    for (int t = 1; t < threads; ++t) {
-      if (fibers[t].barriers != fibers[0].barriers || fibers[t].ended != fibers[0].ended) return false;
+  const int warps = (threads + 31) / 32;
+  do {
+    for (int k = 0; k < warps; ++k) {
+      const int first = 32 * (backwards ? warps - 1 - k : k);
+      if (!run_warp(first, std::min(first + 32, threads))) return false;
     }
-  }
+    for (int k = 0; k < warps; ++k) {
+      if (fibers[32 * k].waits != fibers[0].waits) return false;
+    }
+  } while (fibers[0].waits == Waits::kForBlock);
   return true;
 }
 
 }  // namespace
 
-void barrier() {
-  ++fibers[current].barriers;
-  give_turn();
-}
+void barrier() { give_turn(Waits::kForBlock); }
+void warp_barrier() { give_turn(Waits::kForWarp); }
 
 void fault(cudaError_t what) {
   if (error == cudaSuccess) error = what;
