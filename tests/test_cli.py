@@ -82,7 +82,7 @@ def test_python_dash_m():
         ),
         (["train", "--out", "{tmp}/x", "--set", "lrr=1"], "unknown setting 'lrr'"),
         (["train", "--out", "{tmp}/x", "--set", "lr"], "--set: 'lr' is not of the form key=value"),
-        (["train", "--out", "{tmp}/x", "--optimizer", "adam"], "optimizer: 'adam' is not one of sgd, adamw"),
+        (["train", "--out", "{tmp}/x", "--optimizer", "lion"], "optimizer: 'lion' is not one of sgd, adam,"),
         (["train", "--out", "{tmp}/x", "--resume"], "is not a run folder: it has no config.json"),
         (["train", "--out", "{tmp}/x", "--recipe", "float", "--model", "resnet21"], "resnet21"),
         (["train", "--out", "{tmp}/x", "--recipe", "float", "--data", "cifar10:{tmp}/x"], "is not a folder"),

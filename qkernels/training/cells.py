@@ -39,7 +39,7 @@ def check_cells(cells, out):
         if not (folder / "config.json").exists():
             continue
         old = read_config(folder)
-        for key in config.keys() - {"versions", "summary"}:
+        for key in config.keys() - {"versions", "summary", "init"}:
             if old.get(key) != config[key]:
                 raise ValueError(
                     f"{key} = {config[key]!r} differs from {old.get(key)!r} of the run in {folder}; choose another "
