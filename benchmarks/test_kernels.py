@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from qkernels.bench import command, measure, rows, train
+from qkernels.bench import command, measure, rows, suites
 
 pytest.importorskip("pytest_benchmark", reason="pip install qkernels[bench]")
 
@@ -25,9 +25,7 @@ def calm():
         yield
 
 
-@pytest.fixture(
-    scope="module", params=train.suite(DEVICE) if SUITE == "train" else rows.suite(SUITE, DEVICE), ids=str
-)
+@pytest.fixture(scope="module", params=suites.suite(SUITE, DEVICE), ids=str)
 def row(request):
     torch._dynamo.reset()
     return request.param

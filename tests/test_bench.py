@@ -1,5 +1,6 @@
 """`qkernels bench` and `compare`: what they write and print, exit codes, and the parity that stands before a time."""
 
+import contextlib
 import csv
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from qkernels import backend, cli, testing
-from qkernels.bench import bars, command, machine, measure, results, rows, train
+from qkernels.bench import bars, command, distance, lists, machine, measure, results, rows, suites, train
 
 ROOT = Path(__file__).parents[1]
 FIELDS = [
@@ -23,6 +24,8 @@ TINY = {
     "activation": {(2, 4, 5, 5): ("tensor",)},
     "weight": {(8, 4, 3, 3): ("axis0",)},
     "linear": {(4, 16): ("token",)},
+    "noise": {(2, 4, 5, 5): ("tensor",)},
+    "distance": {(2, 4, 5, 5): ("axis1",)},
 }
 QUICK = ("--threads", "1", "--repeats", "2")
 needs_native = pytest.mark.skipif("cpu" in backend.why_not, reason="the CPU library is not built")
@@ -33,6 +36,9 @@ def tiny(monkeypatch):
     """Every suite times tiny tensors, with samples of a millisecond."""
     for name, shapes in TINY.items():
         monkeypatch.setitem(testing.TIMED, name, shapes)
+    monkeypatch.setattr(testing.table, "LISTS", {"resnet20": (10, 8)})
+    monkeypatch.setattr(testing, "LISTS", testing.table.LISTS)
+    monkeypatch.setattr(lists, "COPIED", "resnet20")
     monkeypatch.setattr(measure.collect, "__defaults__", (1e-3,))
     monkeypatch.setattr(measure, "POOL_BYTES", 1 << 20)
 
@@ -83,11 +89,12 @@ def test_kernels_suite_end_to_end(capsys, tmp_path):
     assert result["run"]["torch"] == torch.__version__ and result["run"]["device"] == "cpu"
     found = result["rows"]
     assert all(set(FIELDS) <= set(r) for r in found)
-    assert {r["backend"] for r in found} == {"eager", "fn", "torch", "native", "reference", "copy"}
+    assert {r["backend"] for r in found} == {"eager", "fn", "torch", "native", "reference", "copy", "plain"}
     assert {r["dtype"] for r in found} == {"float32", "bfloat16"} and {r["threads"] for r in found} == {1}
     cases = {(r["op"], r["case"]) for r in found}
     assert ("fake_quantize", "4x16 token fwd+bwd") in cases and ("quantize", "8x4x3x3 axis0") in cases
     assert ("fake_quantize", "2x4x5x5 tensor tempering fwd+bwd") in cases
+    assert ("standardized_distance", "2x4x5x5 fwd+bwd") in cases
     assert all(r["median_ms"] for r in found), [
         (r["backend"], r["parity"]) for r in found if not r["median_ms"]
     ]
@@ -95,9 +102,11 @@ def test_kernels_suite_end_to_end(capsys, tmp_path):
         assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"], r
         assert r["gb_per_s"] == pytest.approx(r["bytes"] / r["median_ms"] / 1e6)
         assert r["parity"] == (
-            "" if r["backend"] == "copy" else "equal" if r["backend"] in rows.OURS else r["parity"]
+            "" if r["backend"] in ("copy", "plain") else "equal" if r["backend"] in rows.OURS else r["parity"]
         )
-        assert r["backend"] in (*rows.OURS, "copy") or "differ" in r["parity"]
+        assert (
+            r["backend"] in (*rows.OURS, "copy", "plain") or "differ" in r["parity"] or "off" in r["parity"]
+        )
         assert r["copy_fraction"] > 0
     native = next(r for r in found if r["backend"] == "native" and r["case"] == "2x4x5x5 tensor fwd+bwd")
     assert native["bytes"] == 5 * 200 * 4
@@ -142,6 +151,81 @@ def test_a_fake_quantize_keeps_x_alone():
     (native,) = line.variants(["native"])
     measure.memory(native, line.make(), "cpu")
     assert native.saved_bytes == 8 * 4 * 3 * 3 * 4 + 8 * 4
+
+
+@needs_native
+def test_sharpness_suite_end_to_end(capsys, tmp_path):
+    out = tmp_path / "new" / "out.csv"
+    argv = ["--backends", "eager,foreach,native", *QUICK, "--csv", out]
+    code, printed, err = run(capsys, "bench", "--suite", "sharpness", *argv)
+    assert code == 0, err
+    with open(out, newline="") as file:
+        found = {(r["op"], r["backend"]): r for r in csv.DictReader(file)}
+    assert {op for op, _ in found} == {"sam_perturb", "perturb_copies"}
+    size = sum(4 * p.numel() for p in testing.model_of_list("resnet20").parameters())
+    assert int(found["sam_perturb", "native"]["bytes"]) == 4 * size
+    assert size <= int(found["sam_perturb", "native"]["peak_bytes"]) < 1.05 * size
+    assert found["sam_perturb", "native"]["parity"] == found["sam_perturb", "foreach"]["parity"] == "restored"
+    assert found["perturb_copies", "native"]["parity"] == "equal" and "spread" in printed
+
+
+@needs_native
+def test_a_perturbation_that_is_off_or_not_taken_back_is_refused():
+    line = next(lists.perturbed("cpu"))
+    loop = next(v for v in line.variants(["eager"]))
+    assert line.check(loop) == "restored"
+    right = loop.step.perturb
+    loop.step.perturb = lambda: (right(), line.make()[0][0].data.mul_(1.01))
+    with pytest.raises(rows.Refused, match="moves are off by"):
+        line.check(loop)
+    loop.step.perturb, loop.step.restore = right, lambda: None
+    with pytest.raises(rows.Refused, match="restored weights differ"):
+        line.check(loop)
+
+
+@needs_native
+def test_a_rival_of_the_distance_that_computes_something_else_is_refused():
+    line = next(distance.suite("cpu"))
+    found = {v.backend: v for v in line.variants(["eager", "torch", "native"])}
+    assert line.check(found["native"]) == "equal" and "off" in line.check(found["torch"])
+    step = found["eager"].step
+    found["eager"].step = lambda inputs: (1.01 * step(inputs)[0], step(inputs)[1])
+    with pytest.raises(rows.Refused, match="loss or gradient 1.0e-02 off, at most 0.001 may"):
+        line.check(found["eager"])
+
+
+@needs_native
+def test_the_saq_step_beside_the_plain_step():
+    settings = type("S", (), {"backends": ["native"], "device": "cpu", "repeats": 1})
+    for every, line in zip(train.EVERY, train.saq_steps("cpu", "nin_d2_w1", 4, 8)):
+        found = {r["backend"]: r for r in command.time_row(line, 1, settings)}
+        assert set(found) == {"native", "plain"} and f"tau {every}" in found["native"]["case"]
+        assert found["native"]["parity"].startswith("loss ") and found["native"]["median_ms"] > 0, found
+
+
+def test_the_bars_of_one_issue_alone():
+    found = {issue: [line.name for line in suites.suite("bars", "cpu", issue)] for issue in "abc"}
+    assert all("tempering" in name or "distance" in name for name in found["b"])
+    assert [name.split()[0] for name in found["c"]] == [
+        "sam_perturb",
+        "perturb_copies",
+        "saq_step",
+        "saq_step",
+    ]
+    assert sum(map(len, found.values())) == len(list(suites.suite("bars", "cpu")))
+    text = bars.table(table_of_bars(), issue="a")
+    assert "copy of the same bytes" in text and "tempering" not in text and "tempering" in bars.table([])
+
+
+def test_an_interrupt_that_something_swallows_is_raised_again():
+    usual = signal.getsignal(signal.SIGINT)
+    with measure.interruptible():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            measure.collect([(measure.Variant("v", lambda _: None), [0])], 3, "cpu")
+    assert signal.getsignal(signal.SIGINT) is usual
+    measure.check_interrupt()
 
 
 def wrong_element(result):
@@ -201,7 +285,7 @@ def test_a_rival_that_computes_something_else_is_refused(monkeypatch):
         line.check(eager)
 
 
-@pytest.mark.parametrize("option", rows.NOISY)
+@pytest.mark.parametrize("option", suites.NOISY)
 def test_a_rivals_noise_has_the_right_size(option):
     case = testing.Case("fake_quantize", (64, 256), torch.float32, "tensor", "contiguous", option)
     line = rows.quantizer_row(case, "cpu")
@@ -245,7 +329,7 @@ def test_a_compiled_rival_is_timed_and_its_fastest_form_is_the_row():
 
 @needs_native
 def test_the_training_step_is_the_same_work_for_each(tmp_path):
-    line = next(train.suite("cpu", "nin_d2_w1", 4, 8))
+    line = next(train.plain_step("cpu", "nin_d2_w1", 4, 8))
     settings = type("S", (), {"backends": ["eager", "native"], "device": "cpu", "repeats": 2})
     found = {r["backend"]: r for r in command.time_row(line, 1, settings)}
     assert set(found) == {"float", "eager", "native"}
@@ -257,7 +341,7 @@ def test_the_training_step_is_the_same_work_for_each(tmp_path):
 
 @needs_native
 def test_a_training_step_with_other_gradients_is_refused():
-    line = next(train.suite("cpu", "nin_d2_w1", 4, 8))
+    line = next(train.plain_step("cpu", "nin_d2_w1", 4, 8))
     native = next(v for v in line.variants(["native"]) if v.backend == "native")
     step = native.step
 
@@ -319,7 +403,7 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         (["--suite", "kernel"], "argument --suite: invalid choice: 'kernel'"),
         (
             ["--backends", "native,tritn"],
-            "--backends: 'tritn' is not one of eager, fn, compile, torch, native",
+            "--backends: 'tritn' is not one of eager, fn, compile, torch, foreach, pytorch_optimizer, native",
         ),
         (["--backends", ""], "--backends: '' is not one of"),
         (["--backends", "triton", "--device", "cpu"], "--backends: none of triton is there on cpu"),
@@ -345,7 +429,7 @@ def test_cuda_without_a_gpu(capsys):
 
 
 def test_a_suite_without_rows_says_so(capsys, monkeypatch):
-    monkeypatch.setattr(rows, "cases", lambda name: [])
+    monkeypatch.setitem(suites.SUITES, "sharpness", ())
     code, out, err = run(capsys, "bench", "--suite", "sharpness", "--backends", "eager", *QUICK)
     assert (code, out) == (0, "") and "--suite sharpness: this installation has no such rows" in err
 

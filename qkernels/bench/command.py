@@ -1,6 +1,7 @@
 """`qkernels bench`: times the rows of a suite, each variant only after its parity, and writes as it goes."""
 
 import contextlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -8,24 +9,27 @@ from pathlib import Path
 import torch
 
 from .. import backend
-from . import bars, machine, measure, results, rows, train
+from . import bars, machine, measure, results, rows, suites
 
-SUITES = ("smoke", "kernels", "train", "sharpness", "bars")
-BACKENDS = ("eager", "fn", "compile", "torch", "native", "triton", "reference")
-DEFAULT = "eager,fn,compile,torch,native,triton"
-REPEATS = {"smoke": 5, "train": 7}  # rounds; 20 for the others
+BACKENDS = (*rows.RIVALS, *rows.OURS)
+DEFAULT = ",".join((*rows.RIVALS, "native", "triton"))
+REPEATS = {"smoke": 5, "train": 7, "bars": 9}  # rounds; 20 for the others
+
+ONLY = "rows whose name contains TEXT; of --suite bars, a, b or c: the bars of the quantizer, of noise, of sharpness"
 
 
 def add_arguments(parser):
     parser.add_argument(
-        "--suite", choices=SUITES, default="smoke", help="what to time (smoke: under a minute)"
+        "--suite", choices=tuple(suites.SUITES), default="smoke", help="what to time (smoke: under a minute)"
     )
     parser.add_argument("--backends", default=DEFAULT, help=f"of {', '.join(BACKENDS)} (default: {DEFAULT})")
     parser.add_argument("--json", metavar="FILE", help="the result, rewritten after every row")
-    parser.add_argument("--csv", metavar="FILE", help="append the rows to FILE")
+    parser.add_argument("--csv", metavar="FILE", help="append the rows to FILE, whose folder is made")
     parser.add_argument("--threads", help="numbers of threads, such as 1,2 (default: 1 and all; train: all)")
-    parser.add_argument("--only", metavar="TEXT", default="", help="rows whose name contains TEXT")
-    parser.add_argument("--repeats", type=int, help="rounds of measuring (default: 20; smoke 5, train 7)")
+    parser.add_argument("--only", metavar="TEXT", default="", help=ONLY)
+    parser.add_argument(
+        "--repeats", type=int, help="rounds of measuring (default: 20; smoke 5, train 7, bars 9)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --json already holds")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -39,7 +43,7 @@ def main(args):
         show(result["rows"], "bars", args.markdown)
         return 0
     settings = Settings(args)
-    with measure.kept_memory() as allocator:
+    with measure.interruptible(), measure.kept_memory() as allocator:
         run = machine.run_facts(settings.device, allocator)
         result = {"run": run, "rows": kept_rows(args, run)}
         say(f"{run['machine']}, torch {run['torch']}; {about(allocator)}")
@@ -61,7 +65,7 @@ def main(args):
     if not result["rows"]:
         say(f"--suite {args.suite}: this installation has no such rows")
         return 0
-    show(result["rows"], args.suite, args.markdown)
+    show(result["rows"], args.suite, args.markdown, args.only)
     if interrupted:
         again = f"; continue with --resume --json {args.json}" if args.json else ""
         say(f"qkernels: stopped; {len(result['rows'])} rows are kept{again}")
@@ -89,9 +93,8 @@ class Settings:
         self.threads = self.chosen_threads(args.threads)
         if args.resume and not args.json:
             raise ValueError("--resume: --json names the result to go on with, and is missing")
-        for name, file in (("--json", args.json), ("--csv", args.csv)):
-            if file and not Path(file).resolve().parent.is_dir():
-                raise FileNotFoundError(f"{name}: the folder of {file} does not exist")
+        if args.json and not Path(args.json).resolve().parent.is_dir():
+            raise FileNotFoundError(f"--json: the folder of {args.json} does not exist")
         if args.csv:
             results.check_csv(args.csv)
 
@@ -100,6 +103,8 @@ class Settings:
         why = None
         if name == "triton" and self.device == "cpu":
             why = "triton runs on a GPU"
+        elif name == "pytorch_optimizer" and self.suite in ("sharpness", "bars"):
+            why = None if importlib.util.find_spec(name) else "it is not installed"
         elif name in rows.OURS:
             try:
                 with backend.use_backend(name):
@@ -124,10 +129,7 @@ class Settings:
 
     def rows(self):
         """The rows to be timed, built one at a time."""
-        if self.suite != "train":
-            yield from rows.suite(self.suite, self.device, self.only)
-        if self.suite in ("train", "bars"):
-            yield from (row for row in train.suite(self.device) if self.only in row.name)
+        return suites.suite(self.suite, self.device, self.only)
 
 
 def chosen_backends(text):
@@ -153,7 +155,7 @@ def groups(settings, kept):
     """The finished rows, one list per row of the suite and number of threads."""
     done = {results.group(row) for row in kept}
     for row in settings.rows():
-        for count in settings.threads:
+        for count in row.threads(settings.threads):
             if (row.op, row.case, row.dtype, count) in done:
                 continue
             say(f"{row.name} {count} thread{'s' if count > 1 else ''}")
@@ -166,6 +168,7 @@ def time_row(row, count, settings):
     torch._dynamo.reset()
     found, refused = [], []
     for variant in row.variants(settings.backends):
+        measure.check_interrupt()
         try:
             variant.parity = row.check(variant)
             measure.memory(variant, row.make(), settings.device)
@@ -173,6 +176,7 @@ def time_row(row, count, settings):
         except rows.Refused as error:
             refused.append((variant, f"REFUSED: {error}"))
         except Exception as error:  # a variant that cannot run must not take the others with it
+            measure.check_interrupt()
             refused.append(
                 (variant, f"REFUSED: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             )
@@ -228,13 +232,13 @@ def about(allocator):
     return "this system's allocator may return freed memory: page faults are timed with the kernels"
 
 
-def show(found, suite, as_markdown):
+def show(found, suite, as_markdown, only=""):
     print(results.table(found, as_markdown))
     disturbed, samples = (sum(row.get(name) or 0 for row in found) for name in ("disturbed", "samples"))
     if disturbed:
         print(f"\n{disturbed} of {samples} samples waited for a processor: other programs were running.")
     if suite == "bars":
-        print("\n" + bars.table(found, as_markdown))
+        print("\n" + bars.table(found, as_markdown, only))
 
 
 def say(text):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .rows import OURS, RIVALS
+from .rows import BASELINES, OURS, RIVALS
 
 FIELDS = ("op", "case", "backend", "dtype", "threads", "median_ms", "p20_ms", "p80_ms", "bytes", "gb_per_s",
           "copy_fraction", "saved_bytes", "peak_bytes", "parity")  # fmt: skip
@@ -130,7 +130,7 @@ HEADER = (
     "saved",
     "peak",
     "vs rival",
-    "vs float",
+    "vs base",
     "match",
 )
 
@@ -140,13 +140,13 @@ def cells(rows):
     lines, last = [HEADER], None
     for row in rows:
         name = f"{row['op']} {row['case']} {row['dtype']} {row['threads']}t"
-        floats = [r for r in rows if r["backend"] == "float" and group(r) == group(row)]
+        bases = [r for r in rows if r["backend"] in BASELINES and group(r) == group(row)]
         spread = f"{number(row['p20_ms'])} .. {number(row['p80_ms'])}" if row["median_ms"] else "-"
         lines.append((
             "" if name == last else name, row["backend"], ms(row), spread, number(row["gb_per_s"]),
             "-" if row["copy_fraction"] is None else f"{row['copy_fraction']:.0%}",
             _bytes(row["saved_bytes"]), _bytes(row["peak_bytes"]), number(best_rival(row, rows), suffix="x"),
-            number(ratio(floats[0], row) if floats else None, suffix="x"), row["parity"] or "-",
+            number(ratio(bases[0], row) if bases else None, suffix="x"), row["parity"] or "-",
         ))  # fmt: skip
         last = name
     return lines

@@ -9,10 +9,9 @@ import torch
 from .. import backend, layout, noise, ops, reference, testing
 from . import measure, variants
 
-RIVALS = ("eager", "fn", "compile", "torch")
+RIVALS = ("eager", "fn", "compile", "torch", "foreach", "pytorch_optimizer")
 OURS = ("native", "triton", "reference")
-QUANTIZER = ("fake_quantize", "fake_quantize_backward", "quantize", "dequantize", "pack", "unpack")
-NOISY = ("tempering", "after")
+BASELINES = ("float", "plain")  # what a row of ours is an addition to: no quantizer, no noise, no sharpness
 RIVAL_SHARE = 0.05  # of the elements of y and dx that a rival may compute otherwise
 NOISE_SPREAD = 0.1  # relative difference of a rival's noise, in mean magnitude
 
@@ -42,6 +41,7 @@ class Row:
     variants: Callable  # (backends) -> list of measure.Variant
     check: Callable  # (variant) -> its parity as text; raises Refused
     sets: int  # of inputs that rotate
+    threads: Callable = list  # which of the numbers of threads
 
     @property
     def name(self):
@@ -64,35 +64,11 @@ class Problem:
     noise: object | None
 
 
-def suite(name, device, only=""):
-    """The rows of a suite whose name contains ``only``, built one at a time. "train" has its own module."""
-    for case in cases(name):
-        build = quantizer_row if case.op == "fake_quantize" else op_row
-        row = build(case, device)
-        if only in row.name:
-            yield row
-
-
-def cases(name):
-    """The cases of a suite."""
-    if name == "smoke":
-        plain = next(testing.timed("weight", "fake_quantize", (torch.float32,)))
-        return [plain, replace(plain, option=NOISY[0])]
-    plain = [case for shapes in ("activation", "weight") for case in testing.timed(shapes, "fake_quantize")]
-    if name == "bars":
-        return plain
-    if name == "kernels":
-        plain += testing.timed("linear", "fake_quantize")
-        firsts = [next(testing.timed(shapes, "fake_quantize")) for shapes in ("activation", "weight")]
-        noisy = [replace(case, option=option) for case in firsts for option in NOISY]
-        integers = [
-            case
-            for op in ("quantize", "dequantize")
-            for case in testing.timed("weight", op, (torch.float32,))
-        ]
-        return plain + noisy + integers
-    others = [op for op in testing.OPS if op not in QUANTIZER]
-    return [case for op in others if name in testing.TIMED for case in testing.timed(name, op)]
+def on(choose, build, device):
+    """The rows of ``build``, each on ``choose`` of the numbers of threads alone."""
+    for row in build(device):
+        row.threads = lambda counts: [choose(counts)]
+        yield row
 
 
 def describe(case):
@@ -110,7 +86,7 @@ def quantizer_row(case, device):
     x = torch.empty(case.shape, dtype=case.dtype, device="meta")
     nbytes = forward.traffic((x,)) + backward.traffic((x, x))
     return Row(
-        op="fake_quantize", case=f"{describe(case)} fwd+bwd", dtype=_name(case.dtype), nbytes=nbytes,
+        op="fake_quantize", case=f"{describe(case)} fwd+bwd", dtype=dtype_name(case.dtype), nbytes=nbytes,
         make=functools.partial(_training_inputs, case, problem, device),
         variants=functools.partial(_quantizer_variants, case, problem, device),
         check=functools.partial(_check_quantizer, case, problem, device),
@@ -168,7 +144,9 @@ def _fake_quantize(case, problem, device):
 
 def _quantizer_variants(case, problem, device, backends):
     step = _through_autograd(_fake_quantize(case, problem, device))
-    found = [_ours(name, step) for name in backends if name in OURS]
+    found = [ours(name, step) for name in backends if name in OURS]
+    if problem.noise is not None:
+        found += plain(found, _through_autograd(_fake_quantize(case, replace(problem, noise=None), device)))
     if any(name in RIVALS for name in backends):
         for name, form, f in variants.rivals(problem):
             if name in backends:
@@ -183,8 +161,22 @@ def _regrouped(f, problem):
     return lambda x, scale: f(x.reshape(problem.rows, -1), scale).reshape(x.shape)
 
 
-def _ours(name, step):
+def ours(name, step):
+    """A variant that runs on one of our backends."""
     return measure.Variant(name, step, active=functools.partial(backend.use_backend, name))
+
+
+def plain(found, step):
+    """The baseline: ``step`` on the first of our backends, if there is one."""
+    return [measure.Variant("plain", step, active=v.active) for v in found[:1]]
+
+
+def equal(case, args, got, want):
+    """Refused unless `testing.compare` finds them equal."""
+    try:
+        testing.compare(case, args, got, want)
+    except AssertionError as error:
+        raise Refused(f"differs from the reference: {error}") from None
 
 
 def check_serves(variant, names, device):
@@ -200,6 +192,8 @@ def check_serves(variant, names, device):
 
 def _check_quantizer(case, problem, device, variant):
     """Ours: the table's inputs, all its equalities and bounds. A rival: a share of differing elements."""
+    if variant.backend in BASELINES:
+        return ""
     if variant.backend not in OURS:
         return _check_rival(case, problem, device, variant)
     both = case, replace(case, op="fake_quantize_backward")
@@ -212,12 +206,9 @@ def _check_quantizer(case, problem, device, variant):
     with variant.active():
         y, dx, dscale = variant.step((x.requires_grad_(), scale.requires_grad_(), grad))
     x.requires_grad_(False), scale.requires_grad_(False)
-    try:
-        testing.compare(both[0], forward, y.detach(), reference.fake_quantize(*forward))
-        want = reference.fake_quantize_backward(*backward)
-        testing.compare(both[1], tuple(backward), (dx, dscale, want[2]), want)
-    except AssertionError as error:
-        raise Refused(f"differs from the reference: {error}") from None
+    equal(both[0], forward, y.detach(), reference.fake_quantize(*forward))
+    want = reference.fake_quantize_backward(*backward)
+    equal(both[1], tuple(backward), (dx, dscale, want[2]), want)
     return "equal"
 
 
@@ -225,9 +216,9 @@ def _check_rival(case, problem, device, variant):
     torch.manual_seed(0)
     inputs = _training_inputs(case, problem, device)
     got = variant.step(inputs)
-    plain = _through_autograd(_fake_quantize(case, replace(problem, noise=None), device))
+    quiet = _through_autograd(_fake_quantize(case, replace(problem, noise=None), device))
     with backend.use_backend("reference"):
-        want = plain(inputs)
+        want = quiet(inputs)
     if problem.noise is not None:
         with backend.use_backend("reference"):
             noisy = _fake_quantize(case, problem, device)(*inputs[:2])
@@ -268,7 +259,7 @@ def op_row(case, device):
     args = case.args(device)
     tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
     return Row(
-        op=case.op, case=describe(case), dtype=_name(case.dtype), nbytes=op.traffic(args),
+        op=case.op, case=describe(case), dtype=dtype_name(case.dtype), nbytes=op.traffic(args),
         make=lambda: torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, args),
         variants=functools.partial(_op_variants, case),
         check=functools.partial(_check_op, case, args, device),
@@ -277,12 +268,12 @@ def op_row(case, device):
 
 
 def _op_variants(case, backends):
-    plain = getattr(reference, case.op)
-    found = [_ours(name, lambda args: backend.op(case.op)(*args)) for name in backends if name in OURS]
+    formula = getattr(reference, case.op)
+    found = [ours(name, lambda args: backend.op(case.op)(*args)) for name in backends if name in OURS]
     if "eager" in backends:
-        found.append(measure.Variant("eager", lambda args: plain(*args), "reference"))
+        found.append(measure.Variant("eager", lambda args: formula(*args), "reference"))
     if "compile" in backends:
-        compiled = torch.compile(plain, dynamic=False)
+        compiled = torch.compile(formula, dynamic=False)
         found.append(measure.Variant("compile", lambda args: compiled(*args), "reference"))
     return found
 
@@ -295,12 +286,9 @@ def _check_op(case, args, device, variant):
     check_serves(variant, [case.op], device)
     with variant.active():
         got = variant.step(args)
-    try:
-        testing.compare(case, args, got, want)
-    except AssertionError as error:
-        raise Refused(f"differs from the reference: {error}") from None
+    equal(case, args, got, want)
     return "equal"
 
 
-def _name(dtype):
+def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
