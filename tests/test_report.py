@@ -162,6 +162,9 @@ def test_an_unfinished_run_is_shown_as_such(tmp_path):
     assert page.tables[0][1][3:] == ["unfinished", "", "", "", "", "", ""]
     assert page.tables[-1][1][4] == "2 of 2" and "1 run; 1 unfinished" in page.source
     assert page.source.count("<polyline") == 4  # two curves in each of two plots
+    make_run(tmp_path / "b", distill={"kind": "features"})
+    page = Page(write_report([tmp_path / "b"], tmp_path / "r.html"))
+    assert page.source.count("<polyline") == 3  # its training loss has further terms
 
 
 def test_measures_tables_and_pictures(tmp_path):

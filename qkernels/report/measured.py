@@ -183,4 +183,4 @@ def _landscapes(groups):
                 kind = path.stem.removeprefix("landscape").strip("_")
                 text = ", ".join(filter(None, (f"{g.label}, seed {run.config['seed']}", kind)))
                 plots.append(figure(picture(path, f"loss landscape of {text}"), text))
-    return f'<h3>Loss landscape</h3><div class="plots">{"".join(plots)}</div>' if plots else ""
+    return f'<h3>Loss landscape</h3><div class="plots pictures">{"".join(plots)}</div>' if plots else ""

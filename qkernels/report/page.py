@@ -90,11 +90,15 @@ def _curves(data, model, groups):
                 (i, side == "train", _mean_curve(g, f"{side}_{key}", factor))
                 for i, g in chosen
                 for side in ("train", "test")
+                if not (name == "Loss" and side == "train" and g.config.get("distill"))
             ]
             plots.append(figure(charts.line_chart(lines, "epoch", name.lower(), name), name))
         parts.append(f'<div class="plots">{"".join(plots)}</div>{legend([(i, g.label) for i, g in chosen])}')
     if parts:
-        parts.append("<p>Solid: test. Dashed: training, the mean over the steps of the epoch.</p>")
+        parts.append(
+            "<p>Solid: test. Dashed: training, the mean over the steps of the epoch; not the loss with a "
+            "teacher, which has further terms.</p>"
+        )
     return "".join(parts)
 
 

@@ -24,6 +24,7 @@ td small { color: var(--soft); } td.text { white-space: normal; } tbody th { col
 .matrix th[colspan] { text-align: left; padding-left: 1.4rem; }
 .best { font-weight: 700; } .good { background: var(--good); } .bad { background: var(--bad); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.pictures { grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; padding: .6rem; background: var(--panel); border-radius: .5rem; max-width: 40rem; }
 figure svg, figure img { display: block; width: 100%; height: auto; } figure img { background: #fff; }
 figcaption { margin: 0 0 .3rem; font-weight: 600; color: var(--text); }
@@ -41,7 +42,7 @@ summary { cursor: pointer; margin: 1rem 0; color: var(--soft); }
   .cards tbody th { font-weight: 700; font-size: 1.05rem; text-align: left; }
   .cards td::before { content: attr(data-label); color: var(--soft); text-align: left; white-space: nowrap; }
   .cards td:empty { display: none; }
-  .matrix tbody th { min-width: 5.5rem; max-width: 8rem; } th, td { padding: .3rem .45rem; }
+  .matrix tbody th { min-width: 6.5rem; max-width: 8rem; } th, td { padding: .3rem .45rem; }
 }
 @media print { :root { color-scheme: light; } figure, tr { break-inside: avoid; } }
 """
