@@ -179,6 +179,8 @@ def export_onnx(model, x, path):
         log.setLevel(level)
     _narrow(program.model, types)
     program.optimize()
+    for node in program.model.graph:  # paths of this machine's source files
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     _write(path, lambda part: program.save(part, external_data=False))
     return opset
 
