@@ -7,10 +7,17 @@ namespace {
 template <int64_t kind, class S, class Grids>
 QK_HD void forward(const S* x, S* __restrict y, const Compute<S>* n, int64_t count, const Grids& grids, float a,
                    float b) {
-  for (int64_t j = 0; j < count; ++j) {
+  const auto body = [&](int64_t j) __attribute__((always_inline)) {
     const Compute<S> variate = kind == kPlain ? Compute<S>(0) : n[j];
     y[j] = store<S>(fake_quantize<math_kind(kind)>(load(x[j]), grids[j], variate, a, b));
+  };
+  int64_t begin = 0;
+  for (; begin + kLanes <= count; begin += kLanes) {
+    prefetch<kLanes>(x + begin, false);
+    prefetch<kLanes>(y + begin, true);
+    for (int64_t j = begin; j < begin + kLanes; ++j) body(j);
   }
+  for (int64_t j = begin; j < count; ++j) body(j);
 }
 
 template <int64_t kind, class S>

@@ -23,6 +23,9 @@ QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S
       if (!common) doffset[lane] += term.doffset;
     };
     if (length == kLanes) {
+      prefetch<kLanes>(grad + begin, false);
+      prefetch<kLanes>(x + begin, false);
+      prefetch<kLanes>(dx + begin, true);
       for (int64_t j = 0; j < kLanes; ++j) body(j);
       for (int64_t j = 0; j < kLanes; ++j) dx[begin + j] = store<S>(out[j]);
     } else {

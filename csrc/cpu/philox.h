@@ -24,8 +24,9 @@ struct WordBlock {
 #if QK_VECTOR_PHILOX
 
 // One counter to a 64-bit lane; the upper half of a lane holds what the multiplication ignores.
-__attribute__((target("avx512f"))) void philox_block(uint64_t seed, uint64_t stream, uint64_t first, int64_t count,
-                                                     WordBlock& out) {
+__attribute__((unused)) __attribute__((target("avx512f"))) void philox_block(uint64_t seed, uint64_t stream,
+                                                                             uint64_t first, int64_t count,
+                                                                             WordBlock& out) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
   const __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
   for (int64_t j = 0; j < count; j += 8) {
@@ -46,8 +47,9 @@ __attribute__((target("avx512f"))) void philox_block(uint64_t seed, uint64_t str
   }
 }
 
-__attribute__((target("avx2"))) void philox_block(uint64_t seed, uint64_t stream, uint64_t first, int64_t count,
-                                                  WordBlock& out) {
+__attribute__((unused)) __attribute__((target("avx2"))) void philox_block(uint64_t seed, uint64_t stream,
+                                                                          uint64_t first, int64_t count,
+                                                                          WordBlock& out) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
   const __m256i lanes = _mm256_set_epi64x(3, 2, 1, 0), low = _mm256_set_epi32(7, 5, 3, 1, 6, 4, 2, 0);
   for (int64_t j = 0; j < count; j += 4) {
@@ -71,7 +73,8 @@ __attribute__((target("avx2"))) void philox_block(uint64_t seed, uint64_t stream
 
 __attribute__((target("default")))
 #endif
-void philox_block(uint64_t seed, uint64_t stream, uint64_t first, int64_t count, WordBlock& out) {
+__attribute__((unused)) void philox_block(uint64_t seed, uint64_t stream, uint64_t first, int64_t count,
+                                          WordBlock& out) {
   for (int64_t j = 0; j < count; ++j) {
     const Words words = philox(seed, stream, first + uint64_t(j));
     for (int k = 0; k < 4; ++k) out.w[k][j] = words.w[k];

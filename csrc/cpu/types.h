@@ -56,6 +56,20 @@ QK_HD Half store<Half>(float x) {
   return {uint16_t(half | sign)};
 }
 
+// Ask for what is read, or written, 2 KB further on: the hardware's own prefetch stops at every page, and with two or
+// three streams each stop costs more than the arithmetic (a quarter of the time of a pass over cold memory, measured).
+template <int64_t count, class S>
+QK_HD void prefetch(const S* at, bool written) {
+  const char* ahead = reinterpret_cast<const char*>(at) + 2048;
+  for (int64_t byte = 0; byte < count * int64_t(sizeof(S)); byte += 64) {
+    if (written) {
+      __builtin_prefetch(ahead + byte, 1);
+    } else {
+      __builtin_prefetch(ahead + byte, 0);
+    }
+  }
+}
+
 template <class S>
 using Compute = decltype(load(S()));
 
