@@ -1,5 +1,6 @@
 """`qkernels measure`: every measure of one trained run, in the run's folder."""
 
+import copy
 import json
 import sys
 import time
@@ -9,12 +10,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..convert import quantizers
 from ..corruptions import SEVERITIES
-from ..training import checkpoint, load_run
+from ..training import build, checkpoint, load_run
 from .curvature import hessian
+from .figures import cosine_of_gradients, gradient_norms, hessian_trace_along, output_variance
 from .gaps import generalization, layer_table
 from .linf import linf_sharpness
 from .measures import Report, measure, write_json
+from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
 from .surface import landscape
 
 RADII = (1e-3, 5e-4)
@@ -22,6 +26,12 @@ RADII = (1e-3, 5e-4)
 FULL = {"bounds": (10, 15, 20), "linf": 20, "top": 3, "trace": 32, "size": 25, "severities": SEVERITIES}
 QUICK = {"bounds": (3, 8, 5), "linf": 5, "top": 1, "trace": 8, "size": 9, "severities": (1, 5)}
 QUICK_BATCHES = 4
+FIGURES = {
+    "output_variance": OutputVariance,
+    "gradient_norms": GradientNorms,
+    "gradient_cosine": GradientCosine,
+    "hessian_trace": TraceAlong,
+}
 
 
 def add_arguments(parser):
@@ -33,6 +43,11 @@ def add_arguments(parser):
     flag("--landscape", action="store_true", help="also landscape.json and landscape.png")
     flag(
         "--corruptions", action="store_true", help="also the test images under 15 corruptions x 5 severities"
+    )
+    flag(
+        "--figures",
+        action="store_true",
+        help="also output variance, gradient norms and cosines, and the Hessian's trace, with pictures",
     )
     flag("--density", action="store_true", help="also the Hessian's spectral density")
     flag("--quick", action="store_true", help="a few batches and samples: minutes, rougher numbers")
@@ -60,7 +75,7 @@ def main(args):
     kinds = ("latent", "quantized") if args.weights == "both" else (args.weights,)
     if not config["method"]:
         kinds = ("latent",)  # a float run has no quantizers to be before or after
-    run = Run(args, out, model, data)
+    run = Run(args, out, model, data, config)
     try:
         run.once("generalization", run.generalization, again=args.corruptions)
         run.once("layers", lambda: layer_table(model))
@@ -68,6 +83,10 @@ def main(args):
             run.kind(kind)
         for kind in kinds if args.landscape else ():
             run.picture(kind, "" if len(kinds) == 1 else f"_{kind}")
+        if args.figures:
+            run.once("figures", run.figures)
+            for name, values in run.results["figures"].items():
+                FIGURES[name](**values).plot(out / f"{name}.png")
     finally:
         run.progress.close()
     print(table(run.results))
@@ -78,8 +97,8 @@ def main(args):
 class Run:
     """What was measured so far, kept in RUN_DIR/measures.json after every section and continued from there."""
 
-    def __init__(self, args, out, model, data):
-        self.args, self.out, self.model, self.data = args, out, model, data
+    def __init__(self, args, out, model, data, config):
+        self.args, self.out, self.model, self.data, self.config = args, out, model, data, config
         self.sizes = QUICK if args.quick else FULL
         batches = args.batches or (QUICK_BATCHES if args.quick else None)
         self.common = {"batches": batches, "seed": args.seed}
@@ -162,6 +181,49 @@ class Run:
             progress=self.progress, **self.common,
         )  # fmt: skip
         found.plot(path.with_suffix(".png"))
+
+    def figures(self):
+        """The sections that FIGURES names, those of them that this network can have."""
+        model, data, samples = self.model, self.data, self.sizes["bounds"][0]
+        common = {**self.common, "progress": self.progress}
+        compared, start = model, Path(self.config["init"] or self.out / "float")
+        if self.config["method"] and (start / "config.json").exists():
+            compared = {"quantized": model, "float": load_run(start, self.args.device)[0]}
+        found = {"output_variance": output_variance(compared, data.train_eval, samples=samples, **common)}
+        data.train.set_epoch(0)
+        if quantizers(model):
+            found["gradient_norms"] = gradient_norms(model, data.train, samples=samples, **common)
+        found["gradient_cosine"] = cosine_of_gradients(
+            model, data.train, **_ascent(model, self.config), **common
+        )
+        found["hessian_trace"] = hessian_trace_along(
+            self.kept(), data.train_eval, trace_samples=self.sizes["trace"], **common
+        )
+        return {name: asdict(values) for name, values in found.items()}
+
+    def kept(self):
+        """(epoch, model) of the weights that the run kept: the first, the best, the last."""
+        states = {}
+        for folder in (self.out / "best", self.out / "selected", self.out / "checkpoint"):
+            if checkpoint.latest(folder):
+                state, rest = checkpoint.load(folder)
+                states[rest["epoch"]] = state
+        initial = self.out / "initial.safetensors"
+        if initial.exists():
+            states[0] = checkpoint.load_model(initial)
+        model = copy.deepcopy(self.model)
+        for epoch in sorted(states):
+            model.load_state_dict(states[epoch])
+            yield epoch, model
+
+
+def _ascent(model, config):
+    """rho and case as the run was trained, or of SAQ (a float run: SAM) where it was not sharpness-aware."""
+    if config["sharpness"]:
+        optimizer = build.optimizer(copy.deepcopy(model), config)
+        return {"rho": optimizer.param_groups[0]["rho"], "case": getattr(optimizer, "case", None)}
+    quantized = any(q.role == "weight" for q in quantizers(model))
+    return {"rho": 0.3, "case": 3} if quantized else {"rho": 0.05, "case": None}
 
 
 def _read(path):
