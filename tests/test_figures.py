@@ -243,6 +243,10 @@ def test_results_are_written_read_and_drawn(net, tmp_path):
         picture = found.plot(tmp_path / f"{i}.png", title="a title")
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert picture.stat().st_size > 5000
+    values = {"none": [None, 1.0]}
+    pictures.GradientNorms(values, {"none": None}, {"none": None}, {}).plot(tmp_path / "nan.png")
+    values = {"run": {"epochs": [0, 1], "trace": [None, 2.0], "stderr": [None, 1.0]}}
+    pictures.TraceAlong(values, {}).plot(tmp_path / "nan.png")
     with pytest.raises(ValueError, match="path must be the GradientNorms of a to_json"):
         pictures.GradientNorms.from_json(tmp_path / "0.json")
 

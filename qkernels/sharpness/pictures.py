@@ -86,10 +86,12 @@ class GradientNorms(_Figure):
         axes = figure.subplots()
         for name, values in self.norms.items():
             what = "no noise" if name == "none" else f"noise on {name}"
-            axes.plot(values, marker=".", label=f"{what} (mean {self.mean[name]:.3g})")
+            (mean,) = _numbers([self.mean[name]])
+            axes.plot(_numbers(values), marker=".", label=f"{what} (mean {mean:.3g})")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="batch", ylabel="norm of the gradient of the weights")
-        axes.set_ylim(bottom=0)
+        finite = [v for v in sum(map(_numbers, self.norms.values()), []) if math.isfinite(v)]
+        axes.set_ylim(0, 1.1 * max(finite, default=1.0) or 1.0)
         axes.legend()
 
 
@@ -110,7 +112,7 @@ class GradientCosine(_Figure):
 
     def _draw(self, figure):
         axes = figure.subplots()
-        values = [math.nan if v is None else v for v in self.cosine]
+        values = _numbers(self.cosine)
         axes.plot(values, marker=".")
         if self.mean is not None:
             axes.axhline(self.mean, linestyle="--", label=f"mean {self.mean:.3f}")
@@ -133,11 +135,16 @@ class TraceAlong(_Figure):
         axes = figure.subplots()
         for name, run in self.runs.items():
             bars = [e or 0.0 for e in run["stderr"]]
-            axes.errorbar(run["epochs"], run["trace"], bars, marker="o", capsize=3, label=name)
-        values = [v for run in self.runs.values() for v in run["trace"]]
+            axes.errorbar(run["epochs"], _numbers(run["trace"]), bars, marker="o", capsize=3, label=name)
+        values = sum((_numbers(run["trace"]) for run in self.runs.values()), [])
         if 0 < 10 * min(values) < max(values):
             axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="epoch", ylabel="trace of the Hessian")
         if len(self.runs) > 1:
             axes.legend()
+
+
+def _numbers(values):
+    """JSON has no NaN: what it left out."""
+    return [math.nan if v is None else v for v in values]
