@@ -303,7 +303,7 @@ def test_report_is_written_read_shown_and_continued(trained, tmp_path, monkeypat
     assert read == report
     assert "sharpness_mag_orig" in str(read)
     path.write_text("[]")
-    with pytest.raises(ValueError, match="must be a report of qk.sharpness.measure"):
+    with pytest.raises(ValueError, match="path must be the Report of a to_json"):
         sharpness.Report.from_json(path)
 
 

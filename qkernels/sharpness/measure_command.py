@@ -17,8 +17,9 @@ from .curvature import hessian
 from .figures import cosine_of_gradients, gradient_norms, hessian_trace_along, output_variance
 from .gaps import generalization, layer_table
 from .linf import linf_sharpness
-from .measures import Report, measure, write_json
+from .measures import Report, measure
 from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
+from .saved import write_json
 from .surface import landscape
 
 RADII = (1e-3, 5e-4)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from .. import ops
 from ..perturbation import perturb
 from . import formulas
 from .data import Data
+from .saved import Saved, write_json
 from .search import Counter, Rule, Scores, bisect
 from .subject import Copies, Subject, check_at_least, check_choice, initial_values
 
@@ -28,7 +29,7 @@ _CHOICES = {
 
 
 @dataclass
-class Report:
+class Report(Saved):
     """What ``measure`` found.
 
     measures: sqrt(mu / m) by name (formulas.NAMES), None where mu < 0; mu: the bounds. searches: by name
@@ -46,19 +47,6 @@ class Report:
     cost: dict
     settings: dict
     seconds: float
-
-    def to_json(self, path):
-        """Write the report, atomically. Returns the path."""
-        write_json(path, asdict(self))
-        return path
-
-    @classmethod
-    def from_json(cls, path):
-        """Read what to_json wrote; ValueError where the file holds something else."""
-        values = json.loads(Path(path).read_text())
-        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
-            raise ValueError(f"path must be a report of qk.sharpness.measure, {path} is not")
-        return cls(**values)
 
     def __str__(self):
         lines = ["measure                  sqrt(mu/m)           mu"]
@@ -304,19 +292,3 @@ def _resume(out, settings, network):
 
 def _sum(a, b):
     return {key: a.get(key, 0.0) + value for key, value in b.items()}
-
-
-def write_json(path, value):
-    """Write a file in one step, so that a crash leaves the old one; infinities and NaN become null."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,28 +1,13 @@
 """Results of ``figures``: numbers that are written as JSON and drawn."""
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-from .measures import write_json
+from .saved import Saved
 
 
-class _Figure:
+class _Figure(Saved):
     """A result that is written as JSON and drawn."""
-
-    def to_json(self, path):
-        """Write the numbers, atomically. Returns the path."""
-        write_json(path, asdict(self))
-        return path
-
-    @classmethod
-    def from_json(cls, path):
-        """Read what to_json wrote; ValueError where the file holds something else."""
-        values = json.loads(Path(path).read_text())
-        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
-            raise ValueError(f"path must be the {cls.__name__} of a to_json, {path} is not")
-        return cls(**values)
 
     def plot(self, path, title=None):
         """A picture. Returns the path. Raises: ImportError without matplotlib."""

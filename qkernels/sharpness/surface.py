@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 
 from ..perturbation import filter_normalized, perturb
 from .data import Data
-from .measures import write_json
+from .saved import Saved, write_json
 from .subject import Copies, Subject, check_at_least
 
 _WRITE_EVERY = 2.0  # seconds
 
 
 @dataclass
-class Landscape:
+class Landscape(Saved):
     """Loss and accuracy on a grid with coordinates at; 2-D: loss[i][j] at (at[i], at[j]); None: not finite."""
 
     dimensions: int
@@ -26,19 +26,6 @@ class Landscape:
     loss: list
     accuracy: list
     settings: dict
-
-    def to_json(self, path):
-        """Write the landscape, atomically. Returns the path."""
-        write_json(path, asdict(self))
-        return path
-
-    @classmethod
-    def from_json(cls, path):
-        """Read what to_json wrote; ValueError where the file holds something else."""
-        values = json.loads(Path(path).read_text())
-        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
-            raise ValueError(f"path must be a landscape of qk.sharpness.landscape, {path} is not")
-        return cls(**values)
 
     def plot(self, path, title=None):
         """A picture: contours and surface of the loss (2-D), or loss and accuracy (1-D). Returns the path.

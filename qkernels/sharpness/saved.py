@@ -1,0 +1,39 @@
+"""Results as JSON files: written in one step, read back whole."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+
+class Saved:
+    """A dataclass that is written as JSON and read back."""
+
+    def to_json(self, path):
+        """Write it, atomically. Returns the path."""
+        write_json(path, asdict(self))
+        return path
+
+    @classmethod
+    def from_json(cls, path):
+        """Read what to_json wrote; ValueError where the file holds something else."""
+        values = json.loads(Path(path).read_text())
+        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
+            raise ValueError(f"path must be the {cls.__name__} of a to_json, {path} is not")
+        return cls(**values)
+
+
+def write_json(path, value):
+    """Write a file in one step, so that a crash leaves the old one; infinities and NaN become null."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
