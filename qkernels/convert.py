@@ -155,6 +155,10 @@ def quantize_(model, config=None, **settings):
 
 def _quantized(layer, config, at_end):
     kind = type(layer)
+    if getattr(layer, "sparse", False):
+        raise ValueError(
+            "an Embedding with sparse=True cannot be quantized: its gradient would be dense; use sparse=False"
+        )
     weight_bits, act_bits = config.weight_bits, config.act_bits
     if at_end:
         weight_bits = weight_bits and config.first_last_bits

@@ -477,3 +477,8 @@ def test_a_few_steps_of_training_lower_the_loss(method):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+def test_sparse_embedding_is_refused():
+    with pytest.raises(ValueError, match="sparse=True cannot be quantized"):
+        qk.quantize_(nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2)))
