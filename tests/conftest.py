@@ -1,9 +1,15 @@
 """What all tests share: one thread unless a test asks for more, fixed seeds, a count of what cannot run."""
 
+import signal
+
 import pytest
 import torch
 
 from qkernels import testing
+
+# A suite started in the background of a script inherits "ignore Ctrl-C", and so would the programs it interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
