@@ -3,7 +3,7 @@
 import itertools
 
 from .. import noise
-from . import perturb, walk
+from . import moments, perturb, walk
 from .integer import BYTES, dequantize_kernel, pack_kernel, quantize_kernel, unpack_kernel
 from .quantizer import fake_quantize_backward_kernel, fake_quantize_kernel, sum_rows_kernel
 
@@ -18,6 +18,11 @@ _POINTERS = {
     "zero_point_ptr": "*i32", "seed_ptr": "*i64", "p_ptr": "*u8", "q_ptr": "*i8", "coefficients_ptr": "*fp64",
     **dict.fromkeys(_TABLES, "*i64"), **dict.fromkeys(_FLOATS, "*fp32"),
 }  # fmt: skip
+# Sums over lists and over channels are float64.
+_SUMS = _POINTERS | dict.fromkeys(("partial_ptr", "sums_ptr", "moments_ptr"), "*fp64") | {
+    "ends_ptr": "*i64", "grad_ptr": "*fp32", "distance_ptr": "*fp32", "eta": "fp32", "n": "fp64", "times": "fp64",
+    "eps": "fp64", "each": "fp64",
+}  # fmt: skip
 # One block of each way of walking: a run, short runs, columns; the last without quads of Philox.
 _WALKS = {
     "run": {"BY_COLUMN": False, "QUADS": True, "R": 1, "W": 2048},
@@ -26,20 +31,20 @@ _WALKS = {
 }
 
 
-def _spec(name, kernel, storage, constants, absent=()):
+def _spec(name, kernel, storage, constants, absent=(), types=_POINTERS, warps=None):
     """One entry of aot_specs: the types follow from the arguments' names; ``absent`` pointers are None."""
     constants = {k: v for k, v in constants.items() if k in kernel.arg_names} | dict.fromkeys(absent)
     signature = {
         arg: "constexpr" if arg in constants
-        else _POINTERS.get(arg, f"*{storage}") if arg.endswith("_ptr")
-        else _SCALARS.get(arg, "i32")
+        else types.get(arg, f"*{storage}") if arg.endswith("_ptr")
+        else types.get(arg, _SCALARS.get(arg, "i32"))
         for arg in kernel.arg_names
     }  # fmt: skip
     aligned = [
         a for a, kind in signature.items() if kind[0] == "*" or a in ("width", "stride", "numel", "size")
     ]
     heavy = kernel is fake_quantize_backward_kernel or walk.draws(constants.get("KIND", noise.PLAIN))
-    return name, kernel, signature, constants, aligned, 8 if heavy else 4
+    return name, kernel, signature, constants, aligned, warps or (8 if heavy else 4)
 
 
 def aot_specs() -> list:
@@ -67,6 +72,21 @@ def aot_specs() -> list:
         for move in range(7):
             blocks = {"MOVE": move, "POINTS": move in (0, 5, 6), "BLOCK": perturb.BLOCK}
             specs.append(_spec(f"perturb {move} {storage}", perturb.perturb_kernel, storage, blocks))
+        for dot, weighted in ((True, False), (False, False), (False, True)):
+            which = {"DOT": dot, "WEIGHTED": weighted, "BLOCK": perturb.BLOCK}
+            specs.append(_spec(f"products {dot} {weighted} {storage}", perturb.products_kernel, storage, which,
+                               types=_SUMS))  # fmt: skip
+        for way in ("run", "columns"):
+            blocks, warps = _WALKS[way], 8 if way == "columns" else 4
+            specs.append(_spec(f"moments {storage} {way}", moments.moments_kernel, storage, blocks, types=_SUMS,
+                               warps=warps))  # fmt: skip
+            specs.append(_spec(f"standardized_distance_backward {storage} {way}",
+                               moments.standardized_distance_backward_kernel, storage, blocks,
+                               types=_SUMS))  # fmt: skip
+        specs.append(
+            _spec(f"distance {storage}", moments.finish_kernel, storage, {"R": 1, "W": 256}, types=_SUMS)
+        )
+    specs.append(_spec("sums", perturb.finish_kernel, "fp64", {"W": perturb.SUMS}, types=_SUMS))
     for R, W in ((1, 1024), (1024, 1)):
         specs.append(_spec(f"sum_rows {R}x{W}", sum_rows_kernel, "fp32", {"R": R, "W": W}))
     for bits in (2, 4, 8):

@@ -161,9 +161,11 @@ def test_pack_and_unpack_at_tails(bits, device):
 
 def test_every_kernel_is_listed_for_compilation():
     import qkernels.triton.integer
+    import qkernels.triton.moments
+    import qkernels.triton.perturb
     import qkernels.triton.quantizer
 
-    modules = (qkernels.triton.integer, qkernels.triton.quantizer)
+    modules = (getattr(qkernels.triton, name) for name in ("integer", "moments", "perturb", "quantizer"))
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     specs = launchers.aot_specs()
     assert {fn.__name__ for _, fn, *_ in specs} == kernels
