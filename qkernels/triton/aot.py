@@ -75,7 +75,7 @@ def aot_specs() -> list:
         for dot, weighted in ((True, False), (False, False), (False, True)):
             which = {"DOT": dot, "WEIGHTED": weighted, "BLOCK": perturb.BLOCK}
             specs.append(_spec(f"products {dot} {weighted} {storage}", perturb.products_kernel, storage, which,
-                               types=_SUMS))  # fmt: skip
+                               types=_SUMS, warps=8))  # fmt: skip
         for way in ("run", "columns"):
             blocks, warps = _WALKS[way], 8 if way == "columns" else 4
             specs.append(_spec(f"moments {storage} {way}", moments.moments_kernel, storage, blocks, types=_SUMS,

@@ -172,7 +172,7 @@ def multi_norm(tensors, weights, eta):
         partial, like = squares.new_empty(len(blocks)), a[0]
         walk.launch(products_kernel, len(blocks), like, like, like, partial, _table(_addresses((a, b)), like),
                     _table(blocks, like), len(a), len(blocks), float(eta), DOT=False, WEIGHTED=bool(weights),
-                    BLOCK=BLOCK)  # fmt: skip
+                    BLOCK=BLOCK, num_warps=8)  # fmt: skip
         ends = [0]
         for t in a:
             ends.append(ends[-1] + triton.cdiv(t.numel(), BLOCK))
@@ -194,7 +194,8 @@ def multi_dot(a, b):
         blocks, like = _blocks(x), x[0]
         partial, sums = total.new_empty(3 * len(blocks)), total.new_empty(3)
         walk.launch(products_kernel, len(blocks), like, like, like, partial, _table(_addresses((x, y)), like),
-                    _table(blocks, like), len(x), len(blocks), 0.0, DOT=True, WEIGHTED=False, BLOCK=BLOCK)  # fmt: skip
+                    _table(blocks, like), len(x), len(blocks), 0.0, DOT=True, WEIGHTED=False, BLOCK=BLOCK,
+                    num_warps=8)  # fmt: skip
         ends = [k * len(blocks) for k in range(4)]
         walk.launch(finish_kernel, 3, like, partial, _table(ends, like), sums, W=SUMS)
         total += sums
