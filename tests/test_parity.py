@@ -1,12 +1,16 @@
 """Every backend gives what the reference gives, over the one table of cases."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from qkernels import testing
+from qkernels import reference, testing
 
 RUNS = [
     pytest.param(case, backend, device, id=case.id(backend if device == "cpu" else f"{backend}-{device}"))
@@ -36,6 +40,34 @@ def test_parity(case, backend, device, poisoned):
     testing.compare(case, args, got, testing.backends(case.op)["reference"](*args))
     assert same_bits(kept, tensors(args)), "an input was written"
     assert same_bits(run(*args), got), "a second call gave other bits"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.3, 2.0**-126, 1e-30, 3e38, float("inf")])
+def test_every_half_number(dtype, scale):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    grad, s = x.roll(12345), torch.tensor([scale])
+    for quant_min, quant_max in ((-8, 7), (0, 255)):
+        forward = (x, s, None, None, -1, quant_min, quant_max, 0, 0.0, 0.0, None, 0, None, None)
+        backward = (grad, *forward[:7], 1.0, False, 0.0, 0, 0.0, 0.0, None, 0)
+        for name, args in (("fake_quantize", forward), ("fake_quantize_backward", backward)):
+            got, want = getattr(torch.ops.qkernels, name)(*args), getattr(reference, name)(*args)
+            got, want = (t if isinstance(t, torch.Tensor) else t[0] for t in (got, want))
+            same = torch.equal(got.isnan(), want.isnan()) and torch.equal(
+                got[~got.isnan()], want[~got.isnan()]
+            )
+            assert same and torch.equal(got.signbit()[~got.isnan()], want.signbit()[~got.isnan()]), (
+                name,
+                quant_min,
+            )
+
+
+def test_bfloat16_without_the_processor_s_instruction():
+    names = "native and bfloat16 and fake_quantize or every_half_number"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
+    environment = {**os.environ, "QKERNELS_BFLOAT16": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @st.composite

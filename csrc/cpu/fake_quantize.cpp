@@ -4,60 +4,104 @@
 namespace qk {
 namespace {
 
-template <int64_t kind, class S, class Grids>
+template <int64_t kind, Rounding rounding, class S, class Grids>
 QK_HD void forward(const S* x, S* __restrict y, const Compute<S>* n, int64_t count, const Grids& grids, float a,
                    float b) {
-  const auto body = [&](int64_t j) __attribute__((always_inline)) {
-    const Compute<S> variate = kind == kPlain ? Compute<S>(0) : n[j];
-    y[j] = store<S>(fake_quantize<math_kind(kind)>(load(x[j]), grids[j], variate, a, b));
+  using C = Compute<S>;
+  const auto value = [&](int64_t j) __attribute__((always_inline)) {
+    return fake_quantize<math_kind(kind)>(load(x[j]), grids[j], kind == kPlain ? C(0) : n[j], a, b);
   };
   int64_t begin = 0;
   for (; begin + kLanes <= count; begin += kLanes) {
     prefetch<kLanes>(x + begin, false);
     prefetch<kLanes>(y + begin, true);
-    for (int64_t j = begin; j < begin + kLanes; ++j) body(j);
+    C block[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) block[j] = value(begin + j);
+    store_block<rounding, kLanes>(block, y + begin);
   }
-  for (int64_t j = begin; j < count; ++j) body(j);
+  for (int64_t j = begin; j < count; ++j) y[j] = store<S>(value(j));
 }
 
-template <int64_t kind, class S>
-QK_CLONES void fake_quantize_runs(const Walk& walk, const Rows<Compute<S>>& rows, const S* x, S* y,
-                                  Variates<S> variates, float a, float b, int64_t first, int64_t last) {
-  using C = Compute<S>;
-  C noise[kTile + 8];
-  for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t run = unit / walk.parts, part = unit % walk.parts;
-    const int64_t begin = run * walk.inner + part * kBlock;
-    const int64_t end = std::min(begin + kBlock, (run + 1) * walk.inner);
-    const OneGrid<C> grids{rows.grid(run % walk.rows)};
-    if (kind == kPlain) {
-      forward<kind>(x + begin, y + begin, noise, end - begin, grids, a, b);
-      continue;
-    }
-    for (int64_t i = begin; i < end; i += kTile) {
-      const int64_t count = std::min(kTile, end - i);
-      forward<kind>(x + i, y + i, draw<kind>(variates, i, count, noise), count, grids, a, b);
+// What a thread does with its units, and how its results are rounded. Without noise and offset a result is x's or the
+// scale's NaN or a level times a normal scale: its bits are clean and it is not subnormal.
+template <int64_t kind, Rounding rounding, class S>
+struct Forward {
+  static constexpr bool centred = rounding != Rounding::kAnyBits;
+  const Walk& walk;
+  const Rows<Compute<S>>& rows;
+  const S* x;
+  S* y;
+  Variates<S> variates;
+  float a, b;
+
+  template <class Grids>
+  QK_HD void stretch(int64_t i, int64_t count, const Grids& grids, Compute<S>* noise) const {
+    const Compute<S>* n = draw<kind>(variates, i, count, noise);
+    if constexpr (centred) {
+      forward<kind, rounding>(x + i, y + i, n, count, Centred<Grids>{grids}, a, b);
+    } else {
+      forward<kind, rounding>(x + i, y + i, n, count, grids, a, b);
     }
   }
+
+  QK_HD void runs(int64_t first, int64_t last) const {
+    Compute<S> noise[kTile + 8];
+    const int64_t step = kind == kPlain ? kBlock : kTile;
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t run = unit / walk.parts, part = unit % walk.parts;
+      const int64_t begin = run * walk.inner + part * kBlock;
+      const int64_t end = std::min(begin + kBlock, (run + 1) * walk.inner);
+      const OneGrid<Compute<S>> grids{rows.grid(run % walk.rows)};
+      for (int64_t i = begin; i < end; i += step) stretch(i, std::min(step, end - i), grids, noise);
+    }
+  }
+
+  QK_HD void columns(int64_t first, int64_t last) const {
+    Compute<S> noise[kTile + 8];
+    ColumnGrids<Compute<S>> grids;
+    const int64_t period = walk.rows * walk.inner;
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
+      const int64_t count = std::min(walk.tile, period - column);
+      if (unit == first || part == 0) grids.fill(rows, column / walk.inner, walk.inner, count);
+      const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
+      for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
+        stretch(repeat * period + column, count, grids, noise);
+      }
+    }
+  }
+};
+
+template <class Work>
+QK_CLONES void fake_quantize_runs(const Work& work, int64_t first, int64_t last) {
+  work.runs(first, last);
 }
 
-template <int64_t kind, class S>
-QK_CLONES void fake_quantize_columns(const Walk& walk, const Rows<Compute<S>>& rows, const S* x, S* y,
-                                     Variates<S> variates, float a, float b, int64_t first, int64_t last) {
-  using C = Compute<S>;
-  C noise[kTile + 8];
-  ColumnGrids<C> grids;
-  const int64_t period = walk.rows * walk.inner;
-  for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
-    const int64_t count = std::min(walk.tile, period - column);
-    if (unit == first || part == 0) grids.fill(rows, column / walk.inner, walk.inner, count);
-    const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
-    for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
-      const int64_t i = repeat * period + column;
-      forward<kind>(x + i, y + i, draw<kind>(variates, i, count, noise), count, grids, a, b);
-    }
-  }
+template <class Work>
+QK_CLONES void fake_quantize_columns(const Work& work, int64_t first, int64_t last) {
+  work.columns(first, last);
+}
+
+#ifdef QK_BFLOAT16
+template <class Work>
+QK_BFLOAT16 void fake_quantize_runs_bfloat16(const Work& work, int64_t first, int64_t last) {
+  work.runs(first, last);
+}
+
+template <class Work>
+QK_BFLOAT16 void fake_quantize_columns_bfloat16(const Work& work, int64_t first, int64_t last) {
+  work.columns(first, last);
+}
+#endif
+
+template <Rounding rounding, class Work>
+auto loop_of(bool columns) {
+#ifdef QK_BFLOAT16
+  if constexpr (rounding == Rounding::kHardware) {
+    return columns ? fake_quantize_columns_bfloat16<Work> : fake_quantize_runs_bfloat16<Work>;
+  } else
+#endif
+    return columns ? fake_quantize_columns<Work> : fake_quantize_runs<Work>;
 }
 
 Tensor fake_quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset,
@@ -73,13 +117,24 @@ Tensor fake_quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTenso
     const RowTensors<Compute<S>> rows(x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
     const S* in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(y.mutable_data_ptr());
-    with_kind<kForwardKinds>(drawn.kind, [&](auto kind) {
-      constexpr int64_t k = decltype(kind)::value;
-      torch::stable::parallel_for(0, walk.units(), walk.grain(), [&](int64_t first, int64_t last) {
-        const auto loop = walk.columns ? fake_quantize_columns<k, S> : fake_quantize_runs<k, S>;
-        loop(walk, rows.rows, in, out, drawn.variates<S>(), float(drawn.a), float(drawn.b), first, last);
-      });
-    });
+    const auto run = [&](auto kind, auto rounding) {
+      using Work = Forward<decltype(kind)::value, decltype(rounding)::value, S>;
+      const Work work{walk, rows.rows, in, out, drawn.variates<S>(), float(drawn.a), float(drawn.b)};
+      const auto loop = loop_of<decltype(rounding)::value, Work>(walk.columns);
+      torch::stable::parallel_for(0, walk.units(), walk.grain(),
+                                  [&](int64_t first, int64_t last) { loop(work, first, last); });
+    };
+    constexpr std::integral_constant<Rounding, Rounding::kAnyBits> any;
+    if (drawn.kind != kPlain || offset) {
+      return with_kind<kForwardKinds>(drawn.kind, [&](auto kind) { run(kind, any); });
+    }
+    constexpr std::integral_constant<int64_t, kPlain> plain;
+#ifdef QK_BFLOAT16
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      if (has_bfloat16()) return run(plain, std::integral_constant<Rounding, Rounding::kHardware>());
+    }
+#endif
+    run(plain, std::integral_constant<Rounding, Rounding::kCleanBits>());
   });
   return y;
 }

@@ -14,9 +14,10 @@ QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S
     const int64_t length = std::min(kLanes, count - begin);
     const auto body = [&](int64_t j) __attribute__((always_inline)) {
       const C variate = kind == kPlain ? C(0) : n[begin + j];
-      const Gradient<C> term =
-          fake_quantize_backward<math_kind(kind)>(load(grad[begin + j]), load(x[begin + j]), grids[begin + j], variate,
-                                                  common ? Estimator<C>{false, C(0)} : estimator);
+      Grid<C> grid = grids[begin + j];
+      if (common) grid.offset = 0;
+      const Gradient<C> term = fake_quantize_backward<math_kind(kind)>(
+          load(grad[begin + j]), load(x[begin + j]), grid, variate, common ? Estimator<C>{false, C(0)} : estimator);
       const int64_t lane = std::is_same_v<Grids, OneGrid<C>> ? j : begin + j;
       out[j] = term.dx;
       dscale[lane] += term.dscale;
@@ -27,7 +28,7 @@ QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S
       prefetch<kLanes>(x + begin, false);
       prefetch<kLanes>(dx + begin, true);
       for (int64_t j = 0; j < kLanes; ++j) body(j);
-      for (int64_t j = 0; j < kLanes; ++j) dx[begin + j] = store<S>(out[j]);
+      store_block<common ? Rounding::kExact : Rounding::kAnyBits, kLanes>(out, dx + begin);
     } else {
       for (int64_t j = 0; j < length; ++j) body(j);
       for (int64_t j = 0; j < length; ++j) dx[begin + j] = store<S>(out[j]);

@@ -3,15 +3,6 @@
 #pragma once
 #include "cpu/types.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(QK_NO_CLONES)
-#define QK_VECTOR_PHILOX 1
-// The compiler's own header trips this warning when inlined.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
 namespace qk {
 namespace {
 
@@ -21,7 +12,7 @@ struct WordBlock {
   alignas(64) uint32_t w[4][kCounters];
 };
 
-#if QK_VECTOR_PHILOX
+#if QK_X86_CLONES
 
 // One counter to a 64-bit lane; the upper half of a lane holds what the multiplication ignores.
 __attribute__((unused)) __attribute__((target("avx512f"))) void philox_block(uint64_t seed, uint64_t stream,

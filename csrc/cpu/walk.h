@@ -18,7 +18,7 @@ constexpr int64_t kLanes = 64;       // partial sums kept side by side in one ru
 constexpr int64_t kBlock = 16384;    // elements of a unit of a run
 constexpr int64_t kTile = 1024;      // columns of a tile; also the variates drawn at a time
 constexpr int64_t kRunLength = 32;   // shorter runs are walked as columns
-constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
 
 struct Walk {
   int64_t numel, rows, inner;
@@ -77,6 +77,17 @@ struct ColumnGrids {
         scale[j] = grid.scale, offset[j] = grid.offset, lo[j] = grid.lo, hi[j] = grid.hi;
       }
     }
+  }
+};
+
+// Grids without an offset: its arithmetic drops out of the loop.
+template <class Grids>
+struct Centred {
+  const Grids& grids;
+  QK_HD auto operator[](int64_t j) const {
+    auto grid = grids[j];
+    grid.offset = 0;
+    return grid;
   }
 };
 
