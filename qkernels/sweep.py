@@ -211,10 +211,9 @@ def _run_on_ray(cells, out, workers, quiet, machine):
             "--engine ray needs Ray: pip install ray (one machine needs none: --workers N)"
         ) from error
     ray.init(ignore_reinit_error=True)
-    # A task sees the GPUs it asks for, no others; its working directory may be another.
+    # A task sees the GPUs it asks for, no others.
     gpus = int(machine.get("device") != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
     task = ray.remote(num_cpus=machine.get("threads") or 1, num_gpus=gpus, max_retries=-1)(work)
-    out = Path(out).absolute()
     stopped = ray.get([task.remote(cells, out, quiet, **machine) for _ in range(workers)])
     return max(stopped)
 

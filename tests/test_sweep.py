@@ -261,7 +261,7 @@ def test_ray_is_an_extra(tmp_path, grid, monkeypatch):
 
 @pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cpu", 0)])
 def test_ray_tasks_ask_for_a_gpu_where_there_are_any(tmp_path, monkeypatch, device, gpus):
-    """Ray hides the GPUs from tasks that ask for none; a task's working directory is not the caller's."""
+    """Ray hides the GPUs from tasks that ask for none, and their working directory is not the caller's."""
     asked, ray = [], types.ModuleType("ray")
     ray.init, ray.cluster_resources, ray.get = lambda **_: None, lambda: {"CPU": 4.0, "GPU": 2.0}, list
 
