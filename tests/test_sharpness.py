@@ -258,7 +258,8 @@ def test_weights_before_and_after_the_quantizers(trained):
     assert torch.equal(quantized.effective(moved[1])["0.weight"], moved[1][0])
 
 
-def test_threads_share_the_copies_and_change_no_bit(trained):
+def test_threads_share_the_copies_and_change_no_bit(trained, monkeypatch):
+    monkeypatch.setattr("qkernels.sharpness.subject._SHARED", 0)
     model, loader, _ = trained
     x, subject = loader[0][0], Subject(model)
     copies = Copies(subject, qk.perturb(subject.values, "normal", std=0.1, num=3, seed=0), "loop")

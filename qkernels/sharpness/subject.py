@@ -12,6 +12,8 @@ from ..convert import quantizers
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 
+_SHARED = 1 << 16  # numbers of a batch; for smaller ones threads wait for Python more than for layers
+
 
 class Subject:
     """The perturbed tensors of a model, in evaluation mode, and what it computes where they have other values.
@@ -142,7 +144,8 @@ class Copies:
         if self.how == "vmap":
             return torch.func.vmap(self.subject.logits, in_dims=(0, None))(self.effective, x)
         # Autocast belongs to a thread.
-        threads = 1 if x.is_cuda or torch.is_autocast_enabled("cpu") else torch.get_num_threads()
+        alone = x.is_cuda or x.numel() < _SHARED or torch.is_autocast_enabled("cpu")
+        threads = 1 if alone else torch.get_num_threads()
         workers = min(threads, len(self.effective))
         if workers == 1:
             return torch.stack([self.subject.logits(e, x) for e in self.effective])
