@@ -1,6 +1,7 @@
 """Eigenvalues, trace and density of the Hessian against the exact one of tiny quantized networks."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import weakref
 
@@ -177,16 +178,20 @@ def test_bad_arguments(settings, message):
 
 
 if importlib.util.find_spec("curvlinops"):
+    # From version 3 on its products are forward over reverse, for which the quantizers have no rule.
+    TWICE_BACKWARD = int(importlib.metadata.version("curvlinops-for-pytorch").partition(".")[0]) < 3
 
-    def test_agrees_with_curvlinops():
+    @pytest.mark.parametrize("method", [None, "lsq", "lsq+"] if TWICE_BACKWARD else [None])
+    def test_agrees_with_curvlinops(method):
         import curvlinops
 
-        model, loader = tiny(None)
+        model, loader = tiny(method)
         model.eval()
         params = [p for m in (model[0], model[4]) for p in (m.weight, m.bias)]
         operator = curvlinops.HessianLinearOperator(model, nn.CrossEntropyLoss(), params, loader)
-        matrix = operator @ torch.eye(operator.shape[0])
-        found = sharpness.hessian(model, loader, top=1, trace_samples=0)
+        matrix = torch.as_tensor(operator @ torch.eye(operator.shape[0])).double()
+        found = sharpness.hessian(model, loader, top=1, trace_samples=64)
         assert found.eigenvalues[0] == pytest.approx(
-            torch.linalg.eigvalsh(matrix).abs().max().item(), rel=1e-3
+            torch.linalg.eigvalsh((matrix + matrix.T) / 2).abs().max().item(), rel=1e-3
         )
+        assert abs(found.trace - matrix.trace().item()) <= 3 * found.trace_stderr

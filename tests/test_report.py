@@ -282,3 +282,37 @@ def test_without_plotting_packages(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "<polyline" in (tmp_path / "r.html").read_text()
+
+
+def test_figures_of_noise_gradients_and_the_trace(tmp_path):
+    found = {
+        "output_variance": {
+            "levels": [0.01, 0.1, 1.0],
+            "variance": {n: {"output": [1e-4, 1e-2, v]} for n, v in (("quantized", None), ("float", 1.0))},
+        },
+        "gradient_norms": {"mean": {"none": 1.25, "weights": 2.0, "features": None}},
+        "gradient_cosine": {"cosine": [0.5, None, 0.75], "mean": 0.625},
+        "hessian_trace": {"runs": {"run": {"epochs": [0, 2], "trace": [-3.0, 40.0]}}},
+    }
+    make_run(tmp_path / "f", recipe="float", bits=32)
+    make_run(tmp_path / "a", measures={"figures": found})
+    only = {"gradient_cosine": {**found["gradient_cosine"], "cosine": [0.6], "mean": 0.6}}
+    make_run(tmp_path / "b", seed=1, measures={"figures": only})
+    path = write_report([tmp_path], tmp_path / "report.html")
+    page, text = Page(path), path.read_text()
+    header, row = next(t for t in page.tables if "cos(gₛ, g)" in t[0])
+    assert header == ["", "‖g‖", "noise on weights", "noise on features", "cos(gₛ, g)"]
+    assert row == ["lsq W4A4", "1.250", "2.000", "", "0.613 ± 0.018"]
+    plots = {name: text.count(f'aria-label="{name}') for name in ("Output variance", "Cosine", "Trace")}
+    assert plots == {"Output variance": 1, "Cosine": 1, "Trace": 1}
+    # The group has the colour it has in the training curves, and what is missing or has no logarithm is no point.
+    lines = {name: _lines(text, name) for name in plots}
+    assert [len(points) for points in lines["Output variance"]] == [2, 3]
+    assert [len(points) for points in lines["Cosine"]] == [2]
+    assert [len(points) for points in lines["Trace"]] == [1]
+    assert "var(--c1)" in text.partition('aria-label="Cosine')[2].partition("</svg>")[0]
+
+
+def _lines(text, name):
+    svg = text.partition(f'aria-label="{name}')[2].partition("</svg>")[0]
+    return [points.split() for points in re.findall(r'points="([^"]*)"', svg)]

@@ -258,6 +258,27 @@ def test_weights_before_and_after_the_quantizers(trained):
     assert torch.equal(quantized.effective(moved[1])["0.weight"], moved[1][0])
 
 
+def test_threads_share_the_copies_and_change_no_bit(trained, monkeypatch):
+    monkeypatch.setattr("qkernels.sharpness.subject._SHARED", 0)
+    model, loader, _ = trained
+    x, subject = loader[0][0], Subject(model)
+    copies = Copies(subject, qk.perturb(subject.values, "normal", std=0.1, num=3, seed=0), "loop")
+    before, threads = snapshot(model), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = copies.logits(x)
+        torch.set_num_threads(2)
+        assert torch.equal(copies.logits(x), expected)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(RuntimeError, match="Expected 3D"):
+            copies.logits(x[0, 0])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert not torch.equal(expected[0], expected[1])
+    assert_untouched(model, before)
+
+
 def test_converted_networks_have_quantized_weights_only(trained):
     model, loader, initial = trained
     integer = qk.convert_(copy.deepcopy(model))
@@ -412,3 +433,58 @@ def test_a_step_that_ends_early_has_the_verdict_of_the_whole(worst, confidence):
         assert step.verdict == expected
         assert (step.images == n) == (step.decided == "complete")
     assert ended > 60
+
+
+def test_regression_gives_the_mean_of_images_not_seen():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 2, generator=generator, dtype=torch.float64)
+    y = 0.3 + z @ torch.tensor([[0.5], [-1.0]], dtype=torch.float64)
+    found = {}
+    for name, known in (("none", z[:, :0]), ("constant", torch.ones_like(z)), ("all", z)):
+        regression = search.Regression(known)
+        regression.add(y[:30].T)
+        regression.add(y[30:50].T)
+        found[name] = regression.mean()
+    mean, variance = found["none"]
+    assert mean.item() == pytest.approx(y[:50].mean().item())
+    errors = (y[:50] - y[:50].mean()).square().sum().item()
+    assert variance.item() == pytest.approx((errors + 2) / 49 * (1 - 50 / 200) / 50)
+    assert found["constant"][0].item() == pytest.approx(mean.item())
+    assert found["all"][0].item() == pytest.approx(y.mean().item(), abs=0.02)
+    assert found["all"][1].item() < 0.2 * variance.item()
+
+
+def test_what_is_known_of_the_images_ends_steps_earlier():
+    """Displacements that depend on what is known of an image, and the verdicts of the whole."""
+    generator, n, seen = torch.Generator().manual_seed(2), 1000, {True: 0, False: 0}
+    rank = torch.rand(n, generator=generator)
+    x, target = torch.arange(n).float().view(n, 1), torch.zeros(n, dtype=torch.long)
+    data = Data(list(zip(x.split(50), target.split(50), strict=True)), "cpu", seed=0)
+    order = torch.cat([x for x, _ in data.kept]).flatten().long()
+    for i in range(40):
+        hard = (rank < i / 400).double()
+        right = torch.rand(10, n, generator=generator) >= 0.9 * hard
+        drop = 1 - right.double().mean().item()
+        for informed in seen:
+            known = hard[order, None] if informed else hard[:, None][:, :0]
+            scores = search.Scores("accuracy", data, torch.ones(n, dtype=torch.float64), known)
+            step = search.Rule(0.05, 0.00512345).evaluate(Table(right), scores, search.Counter())
+            assert step.verdict == search.Rule(0.05, 0.00512345).point(drop)
+            seen[informed] += step.images
+    assert seen[True] < 0.9 * seen[False]
+
+
+def test_a_complete_step_shortens_the_next_one_of_its_search():
+    generator, n = torch.Generator().manual_seed(3), 1000
+    x, target = torch.arange(n).float().view(n, 1), torch.zeros(n, dtype=torch.long)
+    data = Data(list(zip(x.split(50), target.split(50), strict=True)), "cpu", seed=0)
+    scores = search.Scores("accuracy", data, torch.ones(n).double(), torch.zeros(n, 0).double())
+    right = torch.rand(1, n, generator=generator).expand(10, n) >= 0.1
+    rule = search.Rule(1 - right.double().mean().item(), 0.001)
+    assert rule.evaluate(Table(right), scores, search.Counter()).decided == "complete"
+    more = right & (torch.rand(1, n, generator=generator) >= 0.03)
+    steps = [
+        r.evaluate(Table(more), scores, search.Counter()) for r in (rule, search.Rule(rule.target, 0.001))
+    ]
+    assert [s.verdict for s in steps] == ["above", "above"]
+    assert steps[0].images < 0.8 * steps[1].images

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,24 @@ def test_ray_is_an_extra(tmp_path, grid, monkeypatch):
     cells = [cell for cell, _ in load_grid(grid)["cells"]]
     with pytest.raises(ImportError, match="--engine ray needs Ray: pip install ray"):
         run_cells(cells, tmp_path / "out", engine="ray")
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 1), ("cpu", 0)])
+def test_ray_tasks_ask_for_a_gpu_where_there_are_any(tmp_path, monkeypatch, device, gpus):
+    """Ray hides the GPUs from tasks that ask for none, and their working directory is not the caller's."""
+    asked, ray = [], types.ModuleType("ray")
+    ray.init, ray.cluster_resources, ray.get = lambda **_: None, lambda: {"CPU": 4.0, "GPU": 2.0}, list
+
+    def remote(**resources):
+        asked.append(resources)
+        return lambda function: types.SimpleNamespace(remote=lambda *args, **_: (asked.append(args), 0)[1])
+
+    ray.remote = remote
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.chdir(tmp_path)
+    assert run_cells([], "out", 2, engine="ray", device=device, threads=1) == 0
+    assert (asked[0]["num_cpus"], asked[0]["num_gpus"]) == (1, gpus)
+    assert [args[1] for args in asked[1:]] == [tmp_path / "out"] * 2
 
 
 def test_list_names_the_cells(grid, tmp_path, capsys):

@@ -27,7 +27,8 @@ def write_report(run_dirs, path, title="Training runs"):
 
     Runs that differ in the seed alone are one row, with mean and sample standard deviation. Shown are accuracy, loss,
     generalization gap, step time, training curves, and where `measures.json` (of `qkernels measure`) is there: flatness
-    measures, Hessian, weight norms, step sizes, quantization error, gaps under corruption, the loss landscape.
+    measures, Hessian, weight norms, step sizes, quantization error, gaps under corruption, the figures of `--figures`,
+    the loss landscape.
 
     Args:
         run_dirs: run folders, or folders with run folders in them; a run may be unfinished.
@@ -35,7 +36,7 @@ def write_report(run_dirs, path, title="Training runs"):
 
     Raises:
         ValueError: no run in `run_dirs`. FileNotFoundError: one of them does not exist.
-    Source: QGen, tables 1 to 6 and figures 1 and 2; NT, tables 3 and 6.
+    Source: QGen, tables 1 to 6 and figures 1 and 2; NT, tables 3 and 6; FPQ, figures 1 and 2; SAQ, figure 4.
     """
     runs = find_runs(run_dirs)
     path = Path(path)

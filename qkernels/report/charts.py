@@ -117,5 +117,15 @@ def _svg(parts, height, title):
     return f'<svg viewBox="{size}" role="img" aria-label="{escape(title, quote=True)}">{"".join(parts)}</svg>'
 
 
+def number(value):
+    """Four digits; nothing for None."""
+    return "" if value is None else f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
+
+
+def log10(value):
+    """None where there is no logarithm."""
+    return math.log10(value) if value and value > 0 else None
+
+
 def _finite(*values):
     return all(v is not None and math.isfinite(v) for v in values)

@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-from . import charts
+from . import charts, figures
 from .html import figure, legend, picture, table
 from .runs import spread
 
@@ -17,8 +17,8 @@ def sections(several):
     """HTML sections over {(data, model): groups}; those without measurements are left out."""
     parts = []
     for (data, model), groups in several.items():
-        found = [g for g in groups if any(run.measures for run in g.runs)]
-        body = [_flatness(found), _layers(found), _corruption(found)] if found else []
+        # All groups, so that a group has one colour on the page.
+        body = [part(groups) for part in (_flatness, _layers, _corruption, figures.section)]
         body.append(_landscapes(groups))
         if any(body):
             parts.append(
@@ -62,7 +62,7 @@ def _curvature(groups, kind, name):
     cells = _lowest_bold(*zip(*rows, strict=True))
     for row, error in zip(cells, errors, strict=True):
         text, style = row[2]
-        row[2] = (text if error is None else f"{text} ± {number(error)}", style)
+        row[2] = (text if error is None else f"{text} ± {charts.number(error)}", style)
     headers = ["", "λ max", "Trace", *(f"L∞, ρ = {rho}" for rho in radii)]
     note = "λ max, trace ± standard error: of the Hessian of the training loss. L∞: the largest rise for |e| ≤ ρ."
     return f"<h3>Curvature, {name}</h3>" + table(headers, cells, "matrix", note)
@@ -74,14 +74,9 @@ def _lowest_bold(labels, values):
     lowest = [min(column) if len(column) > 1 else None for column in columns]
 
     def cell(value, low):
-        return number(value), "best" if value is not None and value == low else ""
+        return charts.number(value), "best" if value is not None and value == low else ""
 
     return [[label, *map(cell, row, lowest)] for label, row in zip(labels, values, strict=True)]
-
-
-def number(value):
-    """Four digits; nothing for None."""
-    return "" if value is None else f"{value:.3f}" if 0.1 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 def _layers(groups):
@@ -93,12 +88,12 @@ def _layers(groups):
             continue
         rows.append((g.label, [_over(tables, _norm), *(_over(tables, _column(key)) for key in lines)]))
         for key, series in lines.items():
-            values = [(j + 1, _log10(row.get(key))) for j, row in enumerate(tables[0])]
+            values = [(j + 1, charts.log10(row.get(key))) for j, row in enumerate(tables[0])]
             series.append((i, False, [v for v in values if v[1] is not None]))
     if not rows:
         return ""
     headers = ["", "‖w‖", "Mean step size", "Mean quantization error"]
-    cells = [[label, *map(number, values)] for label, values in rows]
+    cells = [[label, *map(charts.number, values)] for label, values in rows]
     note = "‖w‖ over all quantized layers; the means over layers. Error: mean of (Q(w) − w)². Curves: the first seed."
     plots = [
         figure(charts.line_chart(lines[key], "layer", f"log₁₀ {name}", name), name[0].upper() + name[1:])
@@ -122,10 +117,6 @@ def _norm(layers):
 
 def _column(key):
     return lambda layers: spread([row[key] for row in layers if row.get(key) is not None])[0]
-
-
-def _log10(value):
-    return math.log10(value) if value and value > 0 else None
 
 
 def _corruption(groups):
@@ -159,7 +150,7 @@ def _corruption(groups):
                 values = {g.label: spread(g.measured("generalization", "mean", s, "gap"))[0] for g in found}
             base = values.get(reference)
             row += [
-                (number(v), _against(v, base) if g.label != reference else "")
+                (charts.number(v), _against(v, base) if g.label != reference else "")
                 for g, v in zip(found, values.values(), strict=True)
             ]
         rows.append(row)

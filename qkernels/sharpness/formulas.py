@@ -15,16 +15,13 @@ NAMES = tuple(
 def bounds(w, w0, m, sizes, eps=1e-3, delta=None):
     """The eight bounds mu, by name, in float64 Python numbers.
 
-        pac_bayes_init, _orig      |r|^2 / (4 sigma^2)                    + log(m / delta)  + 10       (15,
-        16) sharpness_init, _orig      |r|^2 log(2 omega) / (4 alpha^2)       + log(m / delta)  + 10
-        (17, 18) pac_bayes_mag_init, _orig  1/4 sum_i log((eps^2 + (sigma'^2 + 1) |r|^2 / omega) / (eps^2 +
-        sigma'^2 d_i^2))
-                                   + log(m / delta') + 10                                              (19,
-                                   20)
-        sharpness_mag_init, _orig  the same with alpha'^2 + 4 log(2 omega / delta') for sigma'^2 + 1 and
-        alpha' for sigma' below
-                                                                                                       (21,
-                                                                                                       22)
+        eqs. 15, 16  pac_bayes_init, _orig      |r|^2 / (4 sigma^2) + log(m / delta) + 10
+        eqs. 17, 18  sharpness_init, _orig      |r|^2 log(2 omega) / (4 alpha^2) + log(m / delta) + 10
+        eqs. 19, 20  pac_bayes_mag_init, _orig  1/4 sum_i log((eps^2 + (sigma'^2 + 1) |r|^2 / omega)
+                                                              / (eps^2 + sigma'^2 d_i^2)) + log(m / delta') + 10
+        eqs. 21, 22  sharpness_mag_init, _orig  as 19, 20 with alpha'^2 + 4 log(2 omega / delta') for
+                                                sigma'^2 + 1, and alpha' for sigma' below
+
     with d = w - w0, r = d ("init") or w ("orig"), omega the number of elements. The paper prints sigma and
     delta for one another; here delta is sigma and delta' is sigma' (as public code has it) unless ``delta``
     gives a number for both.

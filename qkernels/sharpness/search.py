@@ -30,11 +30,13 @@ class Scores:
     """Per-image accuracy (0 or 1) or cross-entropy of the unperturbed network, and of copies of it.
 
     The displacement of an image and copy is the loss of accuracy (gain of cross-entropy). base: float64
-    (images,).
+    (images,). known: what is known of every image beforehand and says how easily it is displaced, float64
+    (images, k).
     """
 
-    def __init__(self, target, data, base):
+    def __init__(self, target, data, base, known):
         self.target, self.data, self.base, self.mean = target, data, base, base.mean().item()
+        self.known = known
 
     @classmethod
     def unperturbed(cls, data, copies):
@@ -44,7 +46,9 @@ class Scores:
             logits = copies.logits(x)
             for name, found in parts.items():
                 found.append(_scores(name, logits, target)[0])
-        return {name: cls(name, data, torch.cat(found)) for name, found in parts.items()}
+        right, loss = (torch.cat(found) for found in parts.values())
+        known = torch.stack([right, (-loss).exp(), loss.clamp_min(1e-7).log()], 1)
+        return {name: cls(name, data, base, known) for name, base in (("accuracy", right), ("loss", loss))}
 
     def of(self, logits, target):
         return _scores(self.target, logits, target)
@@ -68,17 +72,52 @@ def _scores(name, logits, target):
     return flat.view(logits.shape[:2]).double().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
+class Regression:
+    """The mean over all images, from those seen: least squares on what is known of every image.
+
+    y = b0 + b . z, z standardised columns, with a ridge of one image. known: float64 (images, k). The
+    images come in random order.
+    """
+
+    def __init__(self, known):
+        z = known - known.mean(0)
+        z = z / z.square().mean(0).sqrt().clamp_min(1e-12)
+        self.z = torch.cat([z.new_ones(len(z), 1), z], 1)
+        self.total, self.seen = self.z.sum(0), 0
+        self.gram = torch.eye(self.z.shape[1], dtype=z.dtype, device=z.device)
+        self.gram[0, 0] = 0.0
+        self.cross = self.squares = 0.0
+
+    def add(self, y):
+        """The next images' values, (rows, images)."""
+        z = self.z[self.seen : self.seen + y.shape[1]]
+        self.gram += z.T @ z
+        self.cross, self.squares = self.cross + z.T @ y.T, self.squares + y.square().sum(1)
+        self.seen += y.shape[1]
+
+    def mean(self):
+        """(mean over all images, its variance), per row."""
+        rest = len(self.z) - self.seen
+        inverse = torch.linalg.inv(self.gram)
+        slope, ahead = inverse @ self.cross, (self.total - self.gram[0]) / rest
+        # Two images' worth of unseen variance keep a run of equal images from looking certain.
+        errors = (self.squares - (slope * self.cross).sum(0) + 2) / (self.seen - len(slope))
+        spread = (rest / len(self.z)) ** 2 * (1 / rest + ahead @ inverse @ ahead)
+        return (self.cross[0] + rest * (ahead @ slope)) / len(self.z), errors * spread
+
+
 class Rule:
     """When the displacement at a size is above, within or below target +- tolerance.
 
     worst: the displacement of the worst copy instead of the mean over copies. confidence: standard errors
-    (over images, in random order, of a finite population) that decide a step early; None decides only what
-    is certain.
+    (``Regression``) that decide a step early; None decides only what is certain. A rule serves one search: the
+    last complete step's displacements say most about those at the next size, which has the same draws.
     """
 
     def __init__(self, target, tolerance, worst=False, confidence=4.0):
         self.target, self.tolerance, self.worst, self.confidence = target, tolerance, worst, confidence
         self.low, self.high = target - tolerance, target + tolerance
+        self.complete = None  # (images, 1)
 
     def interval(self, low, high):
         """What every displacement in the interval is, or None; they are absolute, as in the published code."""
@@ -92,35 +131,41 @@ class Rule:
     def evaluate(self, copies, scores, counter):
         """The Step (without its size) of these copies."""
         data, seen = scores.data, 0
-        columns, sums, squares = None, 0.0, 0.0
+        regression = Regression(
+            scores.known if self.complete is None else torch.cat([scores.known, self.complete], 1)
+        )
+        columns, sums, each = None, 0.0, []
         for x, target in data.samples():
             d = scores.displacement(scores.of(copies.logits(x), target), seen)
             columns = d.sum(1) if columns is None else columns + d.sum(1)
-            grouped = d if self.worst else d.mean(0, keepdim=True)
-            sums, squares = sums + grouped.sum(1), squares + grouped.square().sum(1)
+            each.append(d.mean(0))
+            grouped = d if self.worst else each[-1][None]
+            sums = sums + grouped.sum(1)
+            regression.add(grouped)
             seen += d.shape[1]
             counter.forward(d.numel())
             if seen == data.size:
                 break
-            decided = self._early(sums, squares, seen, data, scores)
+            decided = self._early(sums, regression, data, scores)
             if decided is not None:
                 return self._step(columns, seen, *decided)
+        complete = torch.cat(each)[:, None]
+        if complete.isfinite().all():
+            self.complete = complete
         mean = (sums.max() / seen).item()
         return self._step(columns, seen, "complete", self.point(mean))
 
-    def _early(self, sums, squares, seen, data, scores):
-        rest = scores.rest(seen)
+    def _early(self, sums, regression, data, scores):
+        rest = scores.rest(regression.seen)
         low = ((sums + rest[0]) / data.size).max().item()
         high = ((sums + rest[1]) / data.size).max().item()
         verdict = self.interval(low, high)
         if verdict is not None:
             return "bounds", verdict
-        if self.confidence is None or not data.shuffled or seen < MIN_SEEN:
+        if self.confidence is None or not data.shuffled or regression.seen < MIN_SEEN:
             return None
-        mean = sums / seen
-        # Two images' worth of unseen variance keep a run of equal images from looking certain.
-        variance = ((squares - sums * mean) + 2) / seen
-        reach = self.confidence * (variance * (1 - seen / data.size) / seen).sqrt()
+        mean, variance = regression.mean()
+        reach = self.confidence * variance.sqrt()
         low, high = max(low, (mean - reach).max().item()), min(high, (mean + reach).max().item())
         verdict = self.interval(low, high) if low <= high else None
         return None if verdict is None else ("confidence", verdict)
