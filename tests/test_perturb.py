@@ -131,6 +131,30 @@ def test_large_outputs_are_written_whole():
             assert torch.equal(t, (w.float() + at * w.float()).to(w.dtype))
 
 
+@pytest.mark.parametrize("eta", [None, 0.01])
+def test_climbing_is_the_norm_and_the_move(eta):
+    params, gradients = with_gradients(), [w.grad for w in with_gradients()]
+    norm = ops.multi_norm(gradients, params if eta else None, eta or 0.0)[0]
+    table = torch.stack([0.3 / norm.item() + 0 * norm, 0 * norm + (eta or 0.0)], 1)
+    want, got, given = (poisoned(params, 1) for _ in range(3))
+    ops.multi_perturb(want, params, moves.ADAPTIVE if eta else moves.ALONG, table, gradients)
+    ops.multi_climb(got, params, gradients, None, 0.3, eta)
+    ops.multi_climb(given, params, gradients, norm, 0.3, eta)
+    assert all(same(a, b) and same(a, c) for a, b, c in zip(want, got, given))
+
+
+@pytest.mark.parametrize("climb", [ops.multi_climb, reference.multi_climb], ids=["native", "reference"])
+def test_climbing_writes_nothing_where_a_copy_is_not_laid_out_as_its_parameter(climb):
+    w, g = torch.randn(6, 6), torch.randn(6, 6)
+    for other in (torch.zeros(6, 6).t(), torch.zeros(36), torch.zeros(4, 9), torch.zeros(6, 6).double()):
+        out = [torch.zeros(5), other]
+        with pytest.raises(RuntimeError, match="out differs from params"):
+            climb(out, [torch.randn(5), w], [torch.randn(5), g], None, 0.1, None)
+        assert not any(t.any() for t in out)
+    with pytest.raises(RuntimeError, match="out"):
+        climb([], [w], [g], None, 0.1, None)
+
+
 def test_noise_has_the_moments_it_claims():
     w = torch.full((200_000,), 3.0)
     normal, magnitude, uniform = (
@@ -309,3 +333,5 @@ def test_the_ops_keep_torchs_contracts():
     out = [t.zero_() for t in ops.empty_copies(params, 4)]
     args = (out, params, grads, [], moves.NORMAL, TABLE, SEED, 0)
     torch.library.opcheck(torch.ops.qkernels.multi_perturb.default, args)
+    args = (out[:3], params, grads, None, 0.1, 0.01)
+    torch.library.opcheck(torch.ops.qkernels.multi_climb.default, args)

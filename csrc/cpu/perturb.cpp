@@ -13,6 +13,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kPiece = 16384;
+constexpr int64_t kPieceCost = 256;              // elements whose time goes into beginning a piece
 constexpr int64_t kStep = 4 * kCounters;         // elements that are computed at a time
 constexpr int64_t kStreamed = int64_t(1) << 25;  // bytes of output from which on it is written past the caches
 
@@ -20,20 +21,38 @@ struct Piece {
   int64_t tensor, begin, end;
 };
 
-std::vector<Piece> pieces_of(const Tensors& tensors) {
-  std::vector<Piece> pieces;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    const int64_t numel = tensors[t].numel();
-    for (int64_t i = 0; i < numel; i += kPiece) pieces.push_back({int64_t(t), i, std::min(i + kPiece, numel)});
-  }
-  return pieces;
-}
+// The pieces of a list, and for each the cost of those before it.
+struct Pieces {
+  std::vector<Piece> list;
+  std::vector<int64_t> before;
+  int64_t cost = 0;
 
-int64_t grain_of(const std::vector<Piece>& pieces, int64_t weight) {
-  int64_t total = 0;
-  for (const Piece& piece : pieces) total += piece.end - piece.begin;
-  return std::max<int64_t>(1, kGrain * int64_t(pieces.size()) / std::max<int64_t>(total * weight, 1));
-}
+  explicit Pieces(const Tensors& tensors) {
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      const int64_t numel = tensors[t].numel();
+      for (int64_t i = 0; i < numel; i += kPiece) {
+        const int64_t end = std::min(i + kPiece, numel);
+        list.push_back({int64_t(t), i, end});
+        before.push_back(cost);
+        cost += end - i + kPieceCost;
+      }
+    }
+  }
+  // f(number of a piece) for all of them, where an element costs `weight`; threads share the cost, not the number, and
+  // each ends with `last()`.
+  template <class F, class Last>
+  void each(int64_t weight, F&& f, Last&& last) const {
+    torch::stable::parallel_for(0, cost, std::max<int64_t>(1, kGrain / weight), [&](int64_t from, int64_t to) {
+      const auto at = [&](int64_t c) { return std::lower_bound(before.begin(), before.end(), c) - before.begin(); };
+      for (int64_t i = at(from), end = at(to); i < end; ++i) f(i);
+      last();
+    });
+  }
+  template <class F>
+  void each(int64_t weight, F&& f) const {
+    each(weight, f, [] {});
+  }
+};
 
 // `list` in the memory order of `like`, or in its own; an empty list stays empty.
 Tensors in_order(const Tensors& list, const Tensors& like, const char* name) {
@@ -53,11 +72,10 @@ Tensors in_order(const Tensors& list, const Tensors& like, const char* name) {
 }
 
 bool same_memory_order(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return a.numel() == b.numel();
-  bool same = a.dim() == b.dim();
-  for (int64_t d = 0; same && d < a.dim(); ++d) {
-    same = a.size(d) == b.size(d) && (a.size(d) == 1 || a.stride(d) == b.stride(d));
-  }
+  const auto sizes = a.sizes(), others = b.sizes();
+  bool same = std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
+  if (same && a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = sizes[d] == 1 || a.stride(d) == b.stride(d);
   return same;
 }
 
@@ -124,34 +142,36 @@ QK_CLONES Products products(const S* a, const S* b, int64_t count) {
   return sum;
 }
 
+// The sum of the squares of each tensor, in the order of its pieces.
+std::vector<double> list_squares(const Pieces& pieces, const Tensors& tensors, const Tensors& weights, double eta) {
+  std::vector<double> partial(pieces.list.size()), each(tensors.size(), 0.0);
+  pieces.each(1, [&](int64_t i) {
+    const auto [t, begin, end] = pieces.list[i];
+    with_storage(tensors[t].scalar_type(), [&](auto storage) {
+      using S = decltype(storage);
+      const S *x = static_cast<const S*>(tensors[t].const_data_ptr()), *w = static_cast<const S*>(address(weights, t));
+      partial[i] = squares(x + begin, w ? w + begin : nullptr, eta, end - begin);
+    });
+  });
+  for (size_t i = 0; i < partial.size(); ++i) each[pieces.list[i].tensor] += partial[i];
+  return each;
+}
+
+double norm_of(const std::vector<double>& squares) {
+  double total = 0;
+  for (double square : squares) total += square;
+  return std::sqrt(total);
+}
+
 std::tuple<Tensor, Tensor> multi_norm_cpu(const Tensors& tensors_, const Tensors& weights_, double eta) {
   STD_TORCH_CHECK(!tensors_.empty(), "qkernels: tensors is empty");
   const Tensors tensors = dense_all(tensors_), weights = in_order(weights_, tensors, "weights");
-  const std::vector<Piece> pieces = pieces_of(tensors);
-  std::vector<double> partial(pieces.size());
-  torch::stable::parallel_for(0, int64_t(pieces.size()), grain_of(pieces, 1), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const auto [t, begin, end] = pieces[i];
-      with_storage(tensors[t].scalar_type(), [&](auto storage) {
-        using S = decltype(storage);
-        const S *x = static_cast<const S*>(tensors[t].const_data_ptr()),
-                *w = static_cast<const S*>(address(weights, t));
-        partial[i] = squares(x + begin, w ? w + begin : nullptr, eta, end - begin);
-      });
-    }
-  });
-  const int64_t count = int64_t(tensors.size());
+  const std::vector<double> each = list_squares(Pieces(tensors), tensors, weights, eta);
   Tensor norm = torch::stable::new_empty(tensors[0], {1}, ScalarType::Double);
-  Tensor norms = torch::stable::new_empty(tensors[0], {count}, ScalarType::Double);
-  double* each = static_cast<double*>(norms.mutable_data_ptr());
-  std::fill(each, each + count, 0.0);
-  for (size_t i = 0; i < pieces.size(); ++i) each[pieces[i].tensor] += partial[i];
-  double total = 0;
-  for (int64_t t = 0; t < count; ++t) {
-    total += each[t];
-    each[t] = std::sqrt(each[t]);
-  }
-  *static_cast<double*>(norm.mutable_data_ptr()) = std::sqrt(total);
+  Tensor norms = torch::stable::new_empty(tensors[0], {int64_t(each.size())}, ScalarType::Double);
+  *static_cast<double*>(norm.mutable_data_ptr()) = norm_of(each);
+  double* roots = static_cast<double*>(norms.mutable_data_ptr());
+  for (size_t t = 0; t < each.size(); ++t) roots[t] = std::sqrt(each[t]);
   return {norm, norms};
 }
 
@@ -159,17 +179,15 @@ Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
   STD_TORCH_CHECK(!a_.empty(), "qkernels: a is empty");
   const Tensors a = dense_all(a_), b = in_order(b_, a, "b");
   STD_TORCH_CHECK(!b.empty(), "qkernels: b is empty");
-  const std::vector<Piece> pieces = pieces_of(a);
-  std::vector<Products> partial(pieces.size());
-  torch::stable::parallel_for(0, int64_t(pieces.size()), grain_of(pieces, 2), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const auto [t, begin, end] = pieces[i];
-      with_storage(a[t].scalar_type(), [&](auto storage) {
-        using S = decltype(storage);
-        const S *x = static_cast<const S*>(a[t].const_data_ptr()), *y = static_cast<const S*>(b[t].const_data_ptr());
-        partial[i] = products(x + begin, y + begin, end - begin);
-      });
-    }
+  const Pieces pieces(a);
+  std::vector<Products> partial(pieces.list.size());
+  pieces.each(2, [&](int64_t i) {
+    const auto [t, begin, end] = pieces.list[i];
+    with_storage(a[t].scalar_type(), [&](auto storage) {
+      using S = decltype(storage);
+      const S *x = static_cast<const S*>(a[t].const_data_ptr()), *y = static_cast<const S*>(b[t].const_data_ptr());
+      partial[i] = products(x + begin, y + begin, end - begin);
+    });
   });
   Tensor result = torch::stable::new_empty(a[0], {3}, ScalarType::Double);
   double* sums = static_cast<double*>(result.mutable_data_ptr());
@@ -180,24 +198,39 @@ Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
 
 // --- perturbed copies ---
 
-// Spares reading an output that is larger than the caches before it is overwritten.
-inline void write_past_caches(void* to, const void* from, size_t bytes) {
-  size_t done = 0;
+// Spares reading an output that is larger than the caches before it is overwritten. Whole lines at a time: narrower
+// stores cost a fifth of the pass. `from` is 64-byte aligned.
 #if QK_VECTOR_PHILOX
-  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    for (; done + 16 <= bytes; done += 16) {
-      const __m128i word = _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + done));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + done), word);
-    }
+__attribute__((target("avx512f"))) size_t write_lines(char* to, const char* from, size_t bytes) {
+  size_t done = 0;
+  for (; done + 64 <= bytes; done += 64) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + done), _mm512_load_si512(from + done));
   }
+  return done;
+}
+__attribute__((target("default"))) size_t write_lines(char* to, const char* from, size_t bytes) {
+  size_t done = 0;
+  for (; done + 16 <= bytes; done += 16) {
+    const __m128i word = _mm_load_si128(reinterpret_cast<const __m128i*>(from + done));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + done), word);
+  }
+  return done;
+}
+#else
+size_t write_lines(char*, const char*, size_t) { return 0; }
 #endif
-  memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done, bytes - done);
+
+void write_past_caches(void* to, const void* from, size_t bytes) {
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  const size_t done = reinterpret_cast<uintptr_t>(to) % 64 == 0 ? write_lines(target, source, bytes) : 0;
+  memcpy(target + done, source + done, bytes - done);
 }
 
 // A piece's tensors, and the copies it goes to: copy k at out[k * stride].
 struct Task {
   const void *w, *d, *p;
-  const Tensor* out;
+  void* const* out;
   int64_t stride, tensor, begin, end;
 };
 
@@ -265,7 +298,7 @@ QK_CLONES void perturb_piece(const Task& task, const Plan& plan) {
     }
     for (size_t k = 0; k < plan.numbers.size(); ++k) {
       const MoveNumbers<C> numbers{C(plan.numbers[k].a), C(plan.numbers[k].b), C(plan.numbers[k].c)};
-      S* out = static_cast<S*>(task.out[int64_t(k) * task.stride].mutable_data_ptr()) + i;
+      S* out = static_cast<S*>(task.out[int64_t(k) * task.stride]) + i;
       S* y = plan.streamed ? block : out;
       if (draws(move)) {
         if (k == 0 || !plan.same(k)) {
@@ -306,39 +339,66 @@ Plan plan_of(const Tensor& coefficients, int64_t move, bool points, const MaybeT
   return plan;
 }
 
+void check_alike(const Tensors& out, const Tensors& params) {
+  for (size_t i = 0; i < out.size(); ++i) {
+    const Tensor& w = params[i % params.size()];
+    STD_TORCH_CHECK(out[i].scalar_type() == w.scalar_type() && same_memory_order(out[i], w),
+                    "qkernels: out differs from params in dtype, shape or memory order");
+  }
+}
+
+// All copies of all parameters; the lists are dense and in one memory order.
+void write_copies(const Pieces& pieces, const Tensors& out, const Tensors& params, const Tensors& directions,
+                  const Tensors& points, int64_t move, Plan& plan) {
+  std::vector<void*> targets;
+  targets.reserve(out.size());
+  for (const Tensor& t : out) targets.push_back(t.mutable_data_ptr());
+  const int64_t count = int64_t(params.size()), copies = int64_t(plan.numbers.size());
+  int64_t bytes = 0;
+  for (const Tensor& w : params) bytes += copies * w.numel() * int64_t(w.element_size());
+  plan.streamed = bytes >= kStreamed;
+  const auto write = [&](int64_t i) {
+    const auto [t, begin, end] = pieces.list[i];
+    const Task task{
+        params[t].const_data_ptr(), address(directions, t), address(points, t), &targets[t], count, t, begin, end};
+    with_storage(params[t].scalar_type(), [&](auto storage) {
+      with_kind<kMoves>(move,
+                        [&](auto chosen) { perturb_piece<decltype(chosen)::value, decltype(storage)>(task, plan); });
+    });
+  };
+  pieces.each(copies * (draws(move) ? 8 : 1), write, [] {
+#if QK_VECTOR_PHILOX
+    _mm_sfence();
+#endif
+  });
+}
+
 void multi_perturb_cpu(const Tensors& out, const Tensors& params_, const Tensors& directions_, const Tensors& points_,
                        int64_t move, const Tensor& coefficients, const MaybeTensor& seed, int64_t first_copy) {
   const Tensors params = dense_all(params_), directions = in_order(directions_, params, "directions"),
                 points = in_order(points_, params, "points");
   STD_TORCH_CHECK(draws(move) || !directions.empty(), "qkernels: this move needs directions");
   Plan plan = plan_of(coefficients, move, !points.empty(), seed, first_copy);
-  const int64_t count = int64_t(params.size()), copies = int64_t(plan.numbers.size());
-  STD_TORCH_CHECK(int64_t(out.size()) == count * copies, "qkernels: out must have one tensor per copy and parameter");
-  int64_t bytes = 0;
-  for (size_t i = 0; i < out.size(); ++i) {
-    const Tensor& w = params[int64_t(i) % count];
-    STD_TORCH_CHECK(out[i].scalar_type() == w.scalar_type() && same_memory_order(out[i], w),
-                    "qkernels: out differs from params in dtype, shape or memory order");
-    bytes += w.numel() * int64_t(w.element_size());
-  }
-  plan.streamed = bytes >= kStreamed;
-  const std::vector<Piece> pieces = pieces_of(params);
-  const int64_t weight = copies * (draws(move) ? 8 : 1);
-  torch::stable::parallel_for(0, int64_t(pieces.size()), grain_of(pieces, weight), [&](int64_t first, int64_t last) {
-    // Backwards: the norm that came before left the end of the directions in the cache.
-    for (int64_t i = last - 1; i >= first; --i) {
-      const auto [t, begin, end] = pieces[i];
-      const Task task{
-          params[t].const_data_ptr(), address(directions, t), address(points, t), &out[t], count, t, begin, end};
-      with_storage(params[t].scalar_type(), [&](auto storage) {
-        with_kind<kMoves>(move,
-                          [&](auto chosen) { perturb_piece<decltype(chosen)::value, decltype(storage)>(task, plan); });
-      });
-    }
-#if QK_VECTOR_PHILOX
-    _mm_sfence();
-#endif
-  });
+  STD_TORCH_CHECK(out.size() == params.size() * plan.numbers.size(),
+                  "qkernels: out must have one tensor per copy and parameter");
+  check_alike(out, params);
+  write_copies(Pieces(params), out, params, directions, points, move, plan);
+}
+
+// The norm and the copies in one call: a small list costs as much to hand over as to compute.
+void multi_climb_cpu(const Tensors& out, const Tensors& params_, const Tensors& directions_, const MaybeTensor& norm,
+                     double rho, std::optional<double> eta) {
+  STD_TORCH_CHECK(!params_.empty() && out.size() == params_.size(), "qkernels: out must have one tensor per parameter");
+  const Tensors params = dense_all(params_);
+  check_alike(out, params);
+  const Tensors directions = in_order(directions_, params, "directions");
+  STD_TORCH_CHECK(!directions.empty(), "qkernels: directions is empty");
+  const Pieces pieces(params);
+  const double length =
+      norm ? *static_cast<const double*>(row_values(*norm, ScalarType::Double, 1, "norm").const_data_ptr())
+           : norm_of(list_squares(pieces, directions, eta ? params : Tensors(), eta.value_or(0.0)));
+  Plan plan{{{finite_or_zero(rho / length), finite_or_zero(eta.value_or(0.0)), 0.0}}, 0, 0, false};
+  write_copies(pieces, out, params, directions, {}, eta ? kAdaptive : kAlong, plan);
 }
 
 }  // namespace
@@ -347,6 +407,7 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
   m.impl("multi_norm", TORCH_BOX(&multi_norm_cpu));
   m.impl("multi_dot", TORCH_BOX(&multi_dot_cpu));
   m.impl("multi_perturb", TORCH_BOX(&multi_perturb_cpu));
+  m.impl("multi_climb", TORCH_BOX(&multi_climb_cpu));
 }
 
 }  // namespace qk

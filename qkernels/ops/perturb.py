@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import backend, layout
+from .. import backend, layout, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,6 +20,15 @@ def _fake_perturb(out, params, directions, points, move, coefficients, seed, fir
     return None
 
 
+def _fake_climb(out, params, directions, norm, rho, eta):
+    return None
+
+
+def _composed_climb(*args):
+    """By the other two ops, whoever serves them."""
+    reference.multi_climb(*args, norm_of=backend.op("multi_norm"), perturb=backend.op("multi_perturb"))
+
+
 backend.define(
     "multi_norm", "(Tensor[] tensors, Tensor[] weights, float eta) -> (Tensor, Tensor)", _fake_norm
 )
@@ -30,6 +39,13 @@ backend.define(
     "Tensor? seed, int first_copy) -> ()",
     _fake_perturb,
 )
+backend.define(
+    "multi_climb",
+    "(Tensor(a!)[] out, Tensor[] params, Tensor[] directions, Tensor? norm, float rho, float? eta) -> ()",
+    _fake_climb,
+)
+# Launches are what counts on a GPU, and it is three of them either way.
+backend.library.impl("multi_climb", _composed_climb, "CUDA")
 
 
 def check_list(name, tensors, like=None):
@@ -99,6 +115,16 @@ def multi_perturb(out, params, move, coefficients, directions=None, points=None,
         out, params, directions or [], points or [], move, coefficients, seed, first_copy
     )
     torch.autograd.graph.increment_version(out)
+
+
+@torch.no_grad()
+def multi_climb(out, params, directions, norm, rho, eta=None):
+    """SAM's step uphill in one call: w + rho d / ||d|| to ``out``, or ASAM's where ``eta`` is given.
+
+    ``norm``: float64 (1,), where the list is a part of what is perturbed; None for the norm of ``directions``.
+    Raises: RuntimeError, and nothing is written, where ``out`` is not laid out as ``empty_copies(params)`` is.
+    """
+    backend.op("multi_climb")(out, params, directions, norm, rho, eta)
 
 
 def empty_copies(params, num=1):
