@@ -465,7 +465,7 @@ def test_only_one_copy_of_the_weights_is_kept():
     for i, (x, y) in enumerate(batches(4)):
         optimizer.param_groups[0]["rho"] = 0.01 * (i + 1)
         optimizer.step(closure_of(net, optimizer, x, y))
-        kept.append([c.data_ptr() for _, copies in optimizer._copies for c in copies])
+        kept.append([c.data_ptr() for exchange in optimizer._exchanges for c in exchange.copies])
     assert len(kept[0]) == len(list(net.parameters())) and all(k == kept[0] for k in kept)
 
 
