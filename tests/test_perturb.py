@@ -129,6 +129,15 @@ def test_large_outputs_are_written_whole():
     for copy, at in zip(copies, (0.5, -2.0)):
         for w, t in zip(params, copy):
             assert torch.equal(t, (w.float() + at * w.float()).to(w.dtype))
+    # and those of one copy straight from the registers, where they begin with a line
+    w, d = torch.randn(8_400_037), torch.randn(8_400_037)
+    d[5] = math.inf
+    for start in (0, 1):
+        out = torch.zeros(w.numel() + 1)[start:][: w.numel()]
+        ops.multi_climb([out], [w], [d], torch.ones(1, dtype=torch.float64), 0.5)
+        assert torch.equal(out, w + 0.5 * d)
+        ops.multi_climb([out], [w], [d], torch.zeros(1, dtype=torch.float64), 0.5)
+        assert torch.equal(out, w)
 
 
 @pytest.mark.parametrize("eta", [None, 0.01])
@@ -234,6 +243,14 @@ def test_out_is_overwritten_and_copies_keep_the_memory_order():
     assert all(t._version > v for t, v in zip(again[1], versions))
     assert all(same(a, b) for a, b in zip(again[0], qk.perturb(params, "normal", std=0.1, seed=2)[0]))
     assert all(t.stride() == layout.dense(w).stride() for w, t in zip(params, again[0]))
+
+
+def test_several_copies_are_not_written_over_what_they_are_made_of():
+    params, grads = [torch.ones(3)], [torch.ones(3)]
+    assert qk.perturb(params, "sign", alpha=1, grads=grads, out=[params])[0][0] is params[0]
+    for over in (params, grads):
+        with pytest.raises(ValueError, match="out must not be params, directions or points"):
+            qk.perturb(params, "sign", alpha=1, grads=grads, num=2, out=[over, [torch.ones(3)]])
 
 
 def model():

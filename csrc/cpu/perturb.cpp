@@ -1,202 +1,13 @@
-// multi_norm, multi_dot and multi_perturb on the CPU: a whole list of tensors per call.
-//
-// The list is cut into pieces of at most kPiece elements of one tensor, whatever the number of threads. Sums are kept
-// in double, by piece; variates are a function of (seed, copy, tensor, index). So every result has the same bits on one
-// thread and on many.
+// multi_perturb and multi_climb on the CPU: perturbed copies of a whole list of tensors per call.
 #include "math/perturb.h"
-#include "cpu/arguments.h"
+#include "cpu/lists.h"
 #include "cpu/philox.h"
 
 namespace qk {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
-constexpr int64_t kPiece = 16384;
-constexpr int64_t kPieceCost = 256;              // elements whose time goes into beginning a piece
 constexpr int64_t kStep = 4 * kCounters;         // elements that are computed at a time
 constexpr int64_t kStreamed = int64_t(1) << 25;  // bytes of output from which on it is written past the caches
-
-struct Piece {
-  int64_t tensor, begin, end;
-};
-
-// The pieces of a list, and for each the cost of those before it.
-struct Pieces {
-  std::vector<Piece> list;
-  std::vector<int64_t> before;
-  int64_t cost = 0;
-
-  explicit Pieces(const Tensors& tensors) {
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      const int64_t numel = tensors[t].numel();
-      for (int64_t i = 0; i < numel; i += kPiece) {
-        const int64_t end = std::min(i + kPiece, numel);
-        list.push_back({int64_t(t), i, end});
-        before.push_back(cost);
-        cost += end - i + kPieceCost;
-      }
-    }
-  }
-  // f(number of a piece) for all of them, where an element costs `weight`; threads share the cost, not the number, and
-  // each ends with `last()`.
-  template <class F, class Last>
-  void each(int64_t weight, F&& f, Last&& last) const {
-    torch::stable::parallel_for(0, cost, std::max<int64_t>(1, kGrain / weight), [&](int64_t from, int64_t to) {
-      const auto at = [&](int64_t c) { return std::lower_bound(before.begin(), before.end(), c) - before.begin(); };
-      for (int64_t i = at(from), end = at(to); i < end; ++i) f(i);
-      last();
-    });
-  }
-  template <class F>
-  void each(int64_t weight, F&& f) const {
-    each(weight, f, [] {});
-  }
-};
-
-// `list` in the memory order of `like`, or in its own; an empty list stays empty.
-Tensors in_order(const Tensors& list, const Tensors& like, const char* name) {
-  if (list.empty()) return {};
-  STD_TORCH_CHECK(list.size() == like.size(), "qkernels: ", name, " has ", list.size(), " tensors for ", like.size());
-  Tensors result;
-  result.reserve(list.size());
-  for (size_t t = 0; t < list.size(); ++t) {
-    STD_TORCH_CHECK(list[t].scalar_type() == like[t].scalar_type(), "qkernels: ", name, " differs in dtype");
-    if (list[t].is_contiguous() && like[t].is_contiguous() && list[t].numel() == like[t].numel()) {
-      result.push_back(list[t]);
-    } else {
-      result.push_back(aligned(list[t], like[t]));
-    }
-  }
-  return result;
-}
-
-bool same_memory_order(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), others = b.sizes();
-  bool same = std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
-  if (same && a.is_contiguous() && b.is_contiguous()) return true;
-  for (int64_t d = 0; same && d < a.dim(); ++d) same = sizes[d] == 1 || a.stride(d) == b.stride(d);
-  return same;
-}
-
-Tensors dense_all(const Tensors& list) {
-  Tensors result;
-  result.reserve(list.size());
-  for (const Tensor& t : list) result.push_back(dense(t));
-  return result;
-}
-
-const void* address(const Tensors& list, int64_t t) { return list.empty() ? nullptr : list[t].const_data_ptr(); }
-
-// --- sums ---
-
-constexpr int64_t kSums = 32;  // partial sums kept side by side
-
-template <class S>
-QK_CLONES double squares(const S* x, const S* w, double eta, int64_t count) {
-  double lanes[kSums] = {};
-  const auto body = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
-    double v = double(load(x[i + j]));
-    if (w) v *= magnitude(double(load(w[i + j]))) + eta;
-    lanes[j] += v * v;
-  };
-  int64_t i = 0;
-  if (w) {
-    for (; i + kSums <= count; i += kSums) {
-      for (int64_t j = 0; j < kSums; ++j) body(i, j);
-    }
-  } else {
-    for (; i + kSums <= count; i += kSums) {
-      for (int64_t j = 0; j < kSums; ++j) {
-        const double v = double(load(x[i + j]));
-        lanes[j] += v * v;
-      }
-    }
-  }
-  for (int64_t j = 0; i + j < count; ++j) body(i, j);
-  double sum = 0;
-  for (int64_t j = 0; j < kSums; ++j) sum += lanes[j];
-  return sum;
-}
-
-struct Products {
-  double ab, aa, bb;
-};
-
-template <class S>
-QK_CLONES Products products(const S* a, const S* b, int64_t count) {
-  double ab[kSums] = {}, aa[kSums] = {}, bb[kSums] = {};
-  const auto body = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
-    const double u = double(load(a[i + j])), v = double(load(b[i + j]));
-    ab[j] += u * v;
-    aa[j] += u * u;
-    bb[j] += v * v;
-  };
-  int64_t i = 0;
-  for (; i + kSums <= count; i += kSums) {
-    for (int64_t j = 0; j < kSums; ++j) body(i, j);
-  }
-  for (int64_t j = 0; i + j < count; ++j) body(i, j);
-  Products sum{0, 0, 0};
-  for (int64_t j = 0; j < kSums; ++j) sum.ab += ab[j], sum.aa += aa[j], sum.bb += bb[j];
-  return sum;
-}
-
-// The sum of the squares of each tensor, in the order of its pieces.
-std::vector<double> list_squares(const Pieces& pieces, const Tensors& tensors, const Tensors& weights, double eta) {
-  std::vector<double> partial(pieces.list.size()), each(tensors.size(), 0.0);
-  pieces.each(1, [&](int64_t i) {
-    const auto [t, begin, end] = pieces.list[i];
-    with_storage(tensors[t].scalar_type(), [&](auto storage) {
-      using S = decltype(storage);
-      const S *x = static_cast<const S*>(tensors[t].const_data_ptr()), *w = static_cast<const S*>(address(weights, t));
-      partial[i] = squares(x + begin, w ? w + begin : nullptr, eta, end - begin);
-    });
-  });
-  for (size_t i = 0; i < partial.size(); ++i) each[pieces.list[i].tensor] += partial[i];
-  return each;
-}
-
-double norm_of(const std::vector<double>& squares) {
-  double total = 0;
-  for (double square : squares) total += square;
-  return std::sqrt(total);
-}
-
-std::tuple<Tensor, Tensor> multi_norm_cpu(const Tensors& tensors_, const Tensors& weights_, double eta) {
-  STD_TORCH_CHECK(!tensors_.empty(), "qkernels: tensors is empty");
-  const Tensors tensors = dense_all(tensors_), weights = in_order(weights_, tensors, "weights");
-  const std::vector<double> each = list_squares(Pieces(tensors), tensors, weights, eta);
-  Tensor norm = torch::stable::new_empty(tensors[0], {1}, ScalarType::Double);
-  Tensor norms = torch::stable::new_empty(tensors[0], {int64_t(each.size())}, ScalarType::Double);
-  *static_cast<double*>(norm.mutable_data_ptr()) = norm_of(each);
-  double* roots = static_cast<double*>(norms.mutable_data_ptr());
-  for (size_t t = 0; t < each.size(); ++t) roots[t] = std::sqrt(each[t]);
-  return {norm, norms};
-}
-
-Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
-  STD_TORCH_CHECK(!a_.empty(), "qkernels: a is empty");
-  const Tensors a = dense_all(a_), b = in_order(b_, a, "b");
-  STD_TORCH_CHECK(!b.empty(), "qkernels: b is empty");
-  const Pieces pieces(a);
-  std::vector<Products> partial(pieces.list.size());
-  pieces.each(2, [&](int64_t i) {
-    const auto [t, begin, end] = pieces.list[i];
-    with_storage(a[t].scalar_type(), [&](auto storage) {
-      using S = decltype(storage);
-      const S *x = static_cast<const S*>(a[t].const_data_ptr()), *y = static_cast<const S*>(b[t].const_data_ptr());
-      partial[i] = products(x + begin, y + begin, end - begin);
-    });
-  });
-  Tensor result = torch::stable::new_empty(a[0], {3}, ScalarType::Double);
-  double* sums = static_cast<double*>(result.mutable_data_ptr());
-  std::fill(sums, sums + 3, 0.0);
-  for (const Products& p : partial) sums[0] += p.ab, sums[1] += p.aa, sums[2] += p.bb;
-  return result;
-}
-
-// --- perturbed copies ---
 
 // Spares reading an output that is larger than the caches before it is overwritten. Whole lines at a time: narrower
 // stores cost a fifth of the pass. `from` is 64-byte aligned.
@@ -216,8 +27,21 @@ __attribute__((target("default"))) size_t write_lines(char* to, const char* from
   }
   return done;
 }
+// w + a d straight to lines past the caches, as many elements as fill lines: without the way over a block, a tenth of
+// the pass over a large list. Other instruction sets and types take the block.
+__attribute__((target("avx512f"))) int64_t along_lines(const float* w, const float* d, float* y, int64_t count,
+                                                       float a) {
+  const __m512 spread = _mm512_set1_ps(a);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    _mm512_stream_ps(y + i, _mm512_add_ps(_mm512_loadu_ps(w + i), _mm512_mul_ps(spread, _mm512_loadu_ps(d + i))));
+  }
+  return i;
+}
+__attribute__((target("default"))) int64_t along_lines(const float*, const float*, float*, int64_t, float) { return 0; }
 #else
 size_t write_lines(char*, const char*, size_t) { return 0; }
+int64_t along_lines(const float*, const float*, float*, int64_t, float) { return 0; }
 #endif
 
 void write_past_caches(void* to, const void* from, size_t bytes) {
@@ -291,7 +115,15 @@ QK_CLONES void perturb_piece(const Task& task, const Plan& plan) {
   WordBlock words;
   alignas(64) S block[kStep];
   alignas(64) C x[kStep], factor[kStep], n[kStep];
-  for (int64_t i = task.begin; i < task.end; i += kStep) {
+  int64_t first = task.begin;
+  if constexpr (move == kAlong && std::is_same_v<S, float>) {
+    const float a = float(plan.numbers[0].a);
+    float* y = static_cast<float*>(task.out[0]) + first;
+    if (plan.streamed && plan.numbers.size() == 1 && !p && a != 0 && reinterpret_cast<uintptr_t>(y) % 64 == 0) {
+      first += along_lines(w + first, d + first, y, task.end - first, a);
+    }
+  }
+  for (int64_t i = first; i < task.end; i += kStep) {
     const int64_t count = std::min(kStep, task.end - i);
     if (draws(move)) {
       for (int64_t j = 0; j < count; ++j) x[j] = load(w[i + j]);
@@ -404,8 +236,6 @@ void multi_climb_cpu(const Tensors& out, const Tensors& params_, const Tensors& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
-  m.impl("multi_norm", TORCH_BOX(&multi_norm_cpu));
-  m.impl("multi_dot", TORCH_BOX(&multi_dot_cpu));
   m.impl("multi_perturb", TORCH_BOX(&multi_perturb_cpu));
   m.impl("multi_climb", TORCH_BOX(&multi_climb_cpu));
 }

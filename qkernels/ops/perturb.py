@@ -108,9 +108,15 @@ def multi_perturb(out, params, move, coefficients, directions=None, points=None,
     """Write perturbed copies of all parameters, one per row of ``coefficients``, in one call.
 
     ``out``: len(coefficients) * len(params) tensors, copy after copy, each in the dtype and memory order of its
-    parameter; it may be ``params`` or ``directions`` itself. The rest as in ``reference.multi_perturb``; arguments are
-    those of ``qk.perturb``, which checks them.
+    parameter; a single copy may be ``params`` or ``directions`` itself. The rest as in ``reference.multi_perturb``;
+    arguments are those of ``qk.perturb``, which checks them.
     """
+    if coefficients.shape[0] > 1:
+        read = {t.data_ptr() for group in (params, directions, points) for t in group or () if t.numel()}
+        if any(t.data_ptr() in read for t in out):
+            raise ValueError(
+                "out must not be params, directions or points themselves where there are several copies"
+            )
     backend.op("multi_perturb")(
         out, params, directions or [], points or [], move, coefficients, seed, first_copy
     )
