@@ -129,6 +129,39 @@ def test_large_outputs_are_written_whole():
     for copy, at in zip(copies, (0.5, -2.0)):
         for w, t in zip(params, copy):
             assert torch.equal(t, (w.float() + at * w.float()).to(w.dtype))
+    # and those of one copy straight from the registers, where they begin with a line
+    w, d = torch.randn(8_400_037), torch.randn(8_400_037)
+    d[5] = math.inf
+    for start in (0, 1):
+        out = torch.zeros(w.numel() + 1)[start:][: w.numel()]
+        ops.multi_climb([out], [w], [d], torch.ones(1, dtype=torch.float64), 0.5)
+        assert torch.equal(out, w + 0.5 * d)
+        ops.multi_climb([out], [w], [d], torch.zeros(1, dtype=torch.float64), 0.5)
+        assert torch.equal(out, w)
+
+
+@pytest.mark.parametrize("eta", [None, 0.01])
+def test_climbing_is_the_norm_and_the_move(eta):
+    params, gradients = with_gradients(), [w.grad for w in with_gradients()]
+    norm = ops.multi_norm(gradients, params if eta else None, eta or 0.0)[0]
+    table = torch.stack([0.3 / norm.item() + 0 * norm, 0 * norm + (eta or 0.0)], 1)
+    want, got, given = (poisoned(params, 1) for _ in range(3))
+    ops.multi_perturb(want, params, moves.ADAPTIVE if eta else moves.ALONG, table, gradients)
+    ops.multi_climb(got, params, gradients, None, 0.3, eta)
+    ops.multi_climb(given, params, gradients, norm, 0.3, eta)
+    assert all(same(a, b) and same(a, c) for a, b, c in zip(want, got, given))
+
+
+@pytest.mark.parametrize("climb", [ops.multi_climb, reference.multi_climb], ids=["native", "reference"])
+def test_climbing_writes_nothing_where_a_copy_is_not_laid_out_as_its_parameter(climb):
+    w, g = torch.randn(6, 6), torch.randn(6, 6)
+    for other in (torch.zeros(6, 6).t(), torch.zeros(36), torch.zeros(4, 9), torch.zeros(6, 6).double()):
+        out = [torch.zeros(5), other]
+        with pytest.raises(RuntimeError, match="out differs from params"):
+            climb(out, [torch.randn(5), w], [torch.randn(5), g], None, 0.1, None)
+        assert not any(t.any() for t in out)
+    with pytest.raises(RuntimeError, match="out"):
+        climb([], [w], [g], None, 0.1, None)
 
 
 def test_noise_has_the_moments_it_claims():
@@ -210,6 +243,14 @@ def test_out_is_overwritten_and_copies_keep_the_memory_order():
     assert all(t._version > v for t, v in zip(again[1], versions))
     assert all(same(a, b) for a, b in zip(again[0], qk.perturb(params, "normal", std=0.1, seed=2)[0]))
     assert all(t.stride() == layout.dense(w).stride() for w, t in zip(params, again[0]))
+
+
+def test_several_copies_are_not_written_over_what_they_are_made_of():
+    params, grads = [torch.ones(3)], [torch.ones(3)]
+    assert qk.perturb(params, "sign", alpha=1, grads=grads, out=[params])[0][0] is params[0]
+    for over in (params, grads):
+        with pytest.raises(ValueError, match="out must not be params, directions or points"):
+            qk.perturb(params, "sign", alpha=1, grads=grads, num=2, out=[over, [torch.ones(3)]])
 
 
 def model():
@@ -309,3 +350,5 @@ def test_the_ops_keep_torchs_contracts():
     out = [t.zero_() for t in ops.empty_copies(params, 4)]
     args = (out, params, grads, [], moves.NORMAL, TABLE, SEED, 0)
     torch.library.opcheck(torch.ops.qkernels.multi_perturb.default, args)
+    args = (out[:3], params, grads, None, 0.1, 0.01)
+    torch.library.opcheck(torch.ops.qkernels.multi_climb.default, args)

@@ -81,7 +81,7 @@ def _movers(model, subject, backends):
         if name in OURS:
             sam = optim.SAM(model(), torch.optim.SGD(model().parameters(), lr=0.0), rho=RHO)
             variant = ours(name, move(sam.first_step, sam.restore))
-            variant.held = lambda sam=sam: sum(t.nbytes for _, kept in sam._copies for t in kept)
+            variant.held = lambda sam=sam: sum(t.nbytes for kept in sam._exchanges for t in kept.copies)
             found.append(variant)
         elif name in ("eager", "foreach", "compile"):
             form = {"eager": _loop, "foreach": _foreach, "compile": torch.compile(_plain, dynamic=False)}[
@@ -144,7 +144,7 @@ def _peer(move, subject):
 def _check_move(subject, device, variant):
     """The moved weights in float64, and the same bits as before once restored."""
     if variant.backend in OURS:
-        check_serves(variant, ("multi_norm", "multi_perturb"), device)
+        check_serves(variant, ("multi_climb",), device)
     params, gradients = subject()
     before = [p.detach().clone() for p in params]
     size = RHO / torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()

@@ -132,7 +132,7 @@ def _check_saq(model, make, every, device, variant):
     """The first steps from the same weights, against SAQ on the reference ops."""
     if variant.backend in BASELINES:
         return ""
-    check_serves(variant, ("fake_quantize", "fake_quantize_backward", "multi_norm", "multi_perturb"), device)
+    check_serves(variant, ("fake_quantize", "fake_quantize_backward", "multi_norm", "multi_climb"), device)
     batch = make()
     with backend.use_backend("reference"):
         want = _saq(networks(model, make)[1], every)(batch)

@@ -2,5 +2,5 @@
 
 from ..reference.perturb import ADAPTIVE, ALONG
 from .moments import standardized_distance
-from .perturb import check_list, empty_copies, multi_dot, multi_norm, multi_perturb
+from .perturb import check_list, empty_copies, multi_climb, multi_dot, multi_norm, multi_perturb
 from .quantizer import bounds, dequantize, fake_quantize, pack, quantize, unpack

@@ -2,7 +2,7 @@
 
 import torch
 
-from .. import backend, layout
+from .. import backend, layout, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -20,6 +20,15 @@ def _fake_perturb(out, params, directions, points, move, coefficients, seed, fir
     return None
 
 
+def _fake_climb(out, params, directions, norm, rho, eta):
+    return None
+
+
+def _composed_climb(*args):
+    """By the other two ops, whoever serves them."""
+    reference.multi_climb(*args, norm_of=backend.op("multi_norm"), perturb=backend.op("multi_perturb"))
+
+
 backend.define(
     "multi_norm", "(Tensor[] tensors, Tensor[] weights, float eta) -> (Tensor, Tensor)", _fake_norm
 )
@@ -30,6 +39,13 @@ backend.define(
     "Tensor? seed, int first_copy) -> ()",
     _fake_perturb,
 )
+backend.define(
+    "multi_climb",
+    "(Tensor(a!)[] out, Tensor[] params, Tensor[] directions, Tensor? norm, float rho, float? eta) -> ()",
+    _fake_climb,
+)
+# Launches are what counts on a GPU, and it is three of them either way.
+backend.library.impl("multi_climb", _composed_climb, "CUDA")
 
 
 def check_list(name, tensors, like=None):
@@ -92,13 +108,29 @@ def multi_perturb(out, params, move, coefficients, directions=None, points=None,
     """Write perturbed copies of all parameters, one per row of ``coefficients``, in one call.
 
     ``out``: len(coefficients) * len(params) tensors, copy after copy, each in the dtype and memory order of its
-    parameter; it may be ``params`` or ``directions`` itself. The rest as in ``reference.multi_perturb``; arguments are
-    those of ``qk.perturb``, which checks them.
+    parameter; a single copy may be ``params`` or ``directions`` itself. The rest as in ``reference.multi_perturb``;
+    arguments are those of ``qk.perturb``, which checks them.
     """
+    if coefficients.shape[0] > 1:
+        read = {t.data_ptr() for group in (params, directions, points) for t in group or () if t.numel()}
+        if any(t.data_ptr() in read for t in out):
+            raise ValueError(
+                "out must not be params, directions or points themselves where there are several copies"
+            )
     backend.op("multi_perturb")(
         out, params, directions or [], points or [], move, coefficients, seed, first_copy
     )
     torch.autograd.graph.increment_version(out)
+
+
+@torch.no_grad()
+def multi_climb(out, params, directions, norm, rho, eta=None):
+    """SAM's step uphill in one call: w + rho d / ||d|| to ``out``, or ASAM's where ``eta`` is given.
+
+    ``norm``: float64 (1,), where the list is a part of what is perturbed; None for the norm of ``directions``.
+    Raises: RuntimeError, and nothing is written, where ``out`` is not laid out as ``empty_copies(params)`` is.
+    """
+    backend.op("multi_climb")(out, params, directions, norm, rho, eta)
 
 
 def empty_copies(params, num=1):

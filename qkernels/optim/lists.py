@@ -4,7 +4,12 @@ import torch
 
 from .. import backend, ops
 
-_WHOLE = (torch.Tensor, torch.nn.Parameter)
+_WHOLE = {torch.Tensor, torch.nn.Parameter}
+
+
+def whole(tensors):
+    """Whether all tensors are this process's alone."""
+    return set(map(type, tensors)) <= _WHOLE or all(local(t) is t for t in tensors)
 
 
 def local(t):

@@ -1,6 +1,7 @@
 """SAM, ASAM and their LookSAM form: perturb all weights by their gradient, take the gradient there, come back, step."""
 
 import contextlib
+import itertools
 import math
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from .. import ops, quantizers
 from . import lists
+from .second_pass import Exchange, Statistics
 
 
 class SAM(torch.optim.Optimizer):
@@ -72,8 +74,8 @@ class SAM(torch.optim.Optimizer):
         self._scales = {id(p) for m in owners for p in m.parameters()}
         self.steps = 0  # finished steps
         self._undo = contextlib.ExitStack()  # what takes the perturbation back
-        self._stage, self._first, self._local_gradients = "first", None, False
-        self._copies, self._length = [], None
+        self._stage, self._first, self._local_gradients = "first", [], False
+        self._exchanges, self._statistics, self._length = [], Statistics(model), None
 
     def add_param_group(self, group):
         """As torch's; what the group leaves out comes from the base optimizer and from rho."""
@@ -127,35 +129,44 @@ class SAM(torch.optim.Optimizer):
         """
         if self._stage != "first":
             raise RuntimeError("first_step was called twice: call second_step, or restore, in between")
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not params:
+        first = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                first.append((group["rho"], params, [p.grad for p in params]))
+        if not first:
             raise RuntimeError(
                 "no parameter has a gradient: run backward before first_step, or in the closure"
             )
-        if any(p.grad.is_sparse for p in params):
+        if any(g.is_sparse for _, _, gradients in first for g in gradients):
             raise RuntimeError("sparse gradients are not supported: make the embedding dense (sparse=False)")
-        self._stage, due = "second", self._due()
-        self._first = [(p, p.grad) for p in params]
+        self._stage, self._first, due = "second", first, self._due()
         if due:
             try:
-                self._freeze_statistics()
+                self._statistics.freeze(self._undo)
                 self._perturb()
             except BaseException:
                 self.restore()
                 raise
-            views = getattr(self.model, "gradient_as_bucket_view", False)
-            if views and (self.vanilla_loss or self.every > 1):
-                self._first = [(p, g.clone()) for p, g in self._first]
-            for p in params:
-                p.grad = None
+            self._keep_gradients()
+            for _, params, _ in first:
+                for p in params:
+                    p.grad = None
         return due
+
+    def _keep_gradients(self):
+        """Of the first pass, what the end of the step will need; the rest makes room for the second pass."""
+        if not self.vanilla_loss and self.every == 1:
+            self._first = []
+        elif getattr(self.model, "gradient_as_bucket_view", False):
+            self._first = [(rho, params, [g.clone() for g in grads]) for rho, params, grads in self._first]
 
     @torch.no_grad()
     def second_step(self, scaler=None):
         """Take the perturbation back, make the objective's gradient, let the base optimizer (or scaler) step."""
         if self._stage != "second":
             raise RuntimeError("second_step needs first_step before it")
-        due, first = self._due(), self._first
+        due, first = self._due(), [pair for _, *members in self._first for pair in zip(*members)]
         self.restore()
         if due:
             self._after_second_pass(first)
@@ -177,7 +188,7 @@ class SAM(torch.optim.Optimizer):
     def restore(self):
         """Take the perturbation back, if there is one; the step counts as not begun."""
         self._undo.close()
-        self._stage, self._first = "first", None
+        self._stage, self._first = "first", []
         self._ready()
 
     def _ready(self):
@@ -193,60 +204,37 @@ class SAM(torch.optim.Optimizer):
 
     def _perturb(self):
         """Put w + e in place of every w that is perturbed."""
-        members = self._members()
-        self._ascend(members, lists.norm(*self._normed(members)))
+        parts = self._parts()
+        if not parts:
+            raise RuntimeError(
+                "nothing to perturb has a gradient: does the backward reach parameters with rho > 0?"
+            )
+        self._ascend(parts)
 
-    def _members(self, without=()):
-        """(parameter, gradient, rho) of what is perturbed directly; ``without``: ids of parameters left out."""
-        left_out = self._scales.union(without)
-        return [
-            (p, p.grad, group["rho"])
-            for group in self.param_groups
-            if group["rho"] > 0
-            for p in group["params"]
-            if p.grad is not None and id(p) not in left_out
-        ]  # fmt: skip
+    def _parts(self, without=()):
+        """{rho: (parameters, gradients)} of what is perturbed directly; ``without``: ids of parameters left out."""
+        left_out, parts = self._scales.union(without), {}
+        for rho, params, gradients in self._first:
+            if left_out:
+                kept = [i for i, p in enumerate(params) if id(p) not in left_out]
+                params, gradients = [params[i] for i in kept], [gradients[i] for i in kept]
+            if rho > 0 and params:
+                former = parts.get(rho, ([], []))
+                parts[rho] = former[0] + params, former[1] + gradients
+        return dict(sorted(parts.items()))
 
-    def _normed(self, members):
-        """Arguments of ``lists.norm``: gradients, and for ASAM weights and eta."""
-        gradients = [g for _, g, _ in members]
-        return (gradients, [p for p, _, _ in members], self.eta) if self.adaptive else (gradients,)
-
-    def _ascend(self, members, norm):
-        """Write w + e into the copies, one call for each value of rho, and exchange them for the weights."""
-        sizes = sorted({rho for _, _, rho in members})
-        former, self._copies = dict(enumerate(self._copies)), []
-        for i, rho in enumerate(sizes):
-            params = [p for p, _, r in members if r == rho]
-            weights = [lists.local(p) for p in params]
-            gradients = [lists.local(g) for _, g, r in members if r == rho]
-            # Where the weights still lie where they lay, the copies of the step before serve again.
-            addresses = [w.data_ptr() for w in weights]
-            kept = former.get(i)
-            copies = kept[1] if kept and kept[0] == addresses else ops.empty_copies(weights)
-            self._copies.append((addresses, copies))
-            table = lists.ratio(rho, norm)
-            if self.adaptive:
-                table = nn.functional.pad(table, (0, 1), value=self.eta)
-            ops.multi_perturb(copies, weights, ops.ADAPTIVE if self.adaptive else ops.ALONG, table, gradients)
-            self._exchange(params, weights, copies)
-
-    def _exchange(self, params, weights, copies):
-        """Weights and copies change places until ``restore``; no number is rounded."""
-        whole = [(p, c) for p, w, c in zip(params, weights, copies) if w is p]
-        self._undo.callback(_point, [(p, p.data) for p, _ in whole])
-        _point(whole)
-        for p, w, c in zip(params, weights, copies):
-            if w is not p:
-                # A shard is read through other views of its memory, so there the contents change.
-                self._undo.callback(w.copy_, w.clone())
-                w.copy_(c)
-
-    def _freeze_statistics(self):
-        for m in self.model.modules():
-            if isinstance(m, nn.modules.batchnorm._NormBase) and m.training and m.track_running_stats:
-                self._undo.callback(setattr, m, "track_running_stats", True)
-                m.track_running_stats = False
+    def _ascend(self, parts, norm=None):
+        """Exchange w + e for w, one call for each value of rho; ``norm`` of all gradients if others belong to them."""
+        eta = self.eta if self.adaptive else None
+        if norm is None:
+            weights, gradients = (list(itertools.chain(*members)) for members in zip(*parts.values()))
+            if len(parts) > 1 or not lists.whole(gradients):
+                norm = lists.norm(gradients, weights, eta) if self.adaptive else lists.norm(gradients)
+        while len(self._exchanges) < len(parts):
+            self._exchanges.append(Exchange())
+        del self._exchanges[len(parts) :]
+        for exchange, (rho, (params, gradients)) in zip(self._exchanges, parts.items()):
+            exchange(params, gradients, norm, rho, eta, self._undo)
 
     # --- gradients ---
 
@@ -311,11 +299,6 @@ class SAM(torch.optim.Optimizer):
         self.param_groups = self.base.param_groups
         self.steps, self._length = int(state_dict["steps"]), None
         self.restore()
-
-
-def _point(pairs):
-    for p, data in pairs:
-        p.data = data
 
 
 def _evaluate(closure):

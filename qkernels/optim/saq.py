@@ -77,14 +77,14 @@ class SAQ(SAM):
         layers = [m for m in self._quantized() if rho.get(id(m.weight), 0) > 0]
         found = [(m, self._gradient(m)) for m in layers]
         found = [(m, g) for m, g in found if g is not None]
-        members = self._members(without=[id(m.weight) for m in self._quantized()])
-        gradients = [g for _, g in found] + [g for _, g, _ in members]
+        parts = self._parts(without=[id(m.weight) for m in self._quantized()])
+        gradients = [g for _, g in found] + [g for _, members in parts.values() for g in members]
         if not gradients:
             raise RuntimeError(
                 "nothing to perturb has a gradient: does the backward reach the quantized layers?"
             )
         norm = lists.norm(gradients)
-        self._ascend(members, norm)
+        self._ascend(parts, norm)
         for m, g in found:
             self._shift(
                 m.weight_quantizer, g, torch.nan_to_num(rho[id(m.weight)] / norm, 0.0, 0.0, 0.0).float()

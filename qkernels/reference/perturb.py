@@ -55,6 +55,28 @@ def multi_perturb(out, params, directions, points, move, coefficients, seed, fir
             out[k * len(params) + t].copy_(y)
 
 
+def multi_climb(out, params, directions, norm, rho, eta, norm_of=multi_norm, perturb=multi_perturb):
+    """Write w + rho d / ||d||, or w + rho T^2 d / ||T d|| with T = |w| + eta where eta is given, to out[t].
+
+    norm: float64 (1,), of a whole of which the list is a part; None for the list's own. RuntimeError, and nothing is
+    written, where out differs from params in number, dtype, shape or dense memory order.
+    """
+    if not (len(out) == len(params) and all(map(_alike, out, params))):
+        raise RuntimeError("qkernels: out differs from params in number, dtype, shape or memory order")
+    if norm is None:
+        norm = norm_of(directions, params, eta)[0] if eta is not None else norm_of(directions, [], 0.0)[0]
+    table = (torch.full_like(norm, rho) / norm).reshape(1, 1)
+    if eta is not None:
+        table = torch.nn.functional.pad(table, (0, 1), value=eta)
+    perturb(out, params, directions, [], ALONG if eta is None else ADAPTIVE, table, None, 0)
+
+
+def _alike(t, w):
+    if t.dtype != w.dtype or t.shape != w.shape:
+        return False
+    return t.is_contiguous() and w.is_contiguous() or t.stride() == layout.dense(w).stride()
+
+
 def _perturbed(w, d, p, move, numbers, seed, stream):
     compute = torch.float64 if w.dtype == torch.float64 else torch.float32
     a, b, c = numbers.to(compute)

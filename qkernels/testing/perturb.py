@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import layout
-from ..reference.perturb import MAGNITUDE
+from ..reference.perturb import ADAPTIVE, MAGNITUDE
 from .quantizer import SEED, arrange
 
 ETA, FIRST_COPY = 0.01, 2
@@ -54,6 +54,15 @@ def copies(case, device):
     table = torch.tensor(COEFFICIENTS, dtype=torch.float64, device=device)
     seed = torch.tensor([SEED], device=device)
     return out, params, directions, points, case.settings["move"], table, seed, FIRST_COPY
+
+
+def climb(case, device):
+    """As ``copies``; the norm is given, since a backend's own is a sum."""
+    params = _tensors(case, device, case.memory)
+    directions = _tensors(case, device, special=True, again=1)
+    out = [torch.empty_like(layout.dense(w)) for w in params]
+    norm = torch.tensor([3.7], dtype=torch.float64, device=device)
+    return out, params, directions, norm, 0.3, ETA if case.settings["move"] == ADAPTIVE else None
 
 
 def magnitude(args, output):

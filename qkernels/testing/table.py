@@ -158,6 +158,8 @@ OPS = {
            perturb.magnitude, perturb.terms, **_LIST),
         Op("multi_perturb", perturb.copies, (True,), lambda args: _bytes(*args[0], *args[1], *args[2], *args[3]),
            _MOVES, legal=perturb.legal, writes=True, **_LIST),
+        Op("multi_climb", perturb.climb, (True,), lambda args: _bytes(*args[0], *args[1], *args[2], *args[2]),
+           ("along", "adaptive"), writes=True, **_LIST),
     )
 }  # fmt: skip
 

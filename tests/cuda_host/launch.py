@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from qkernels import layout, noise
+from qkernels import layout, noise, reference
 from qkernels.reference import perturb as moves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -216,6 +216,14 @@ class Launchers:
             some = _addresses(made[k * len(first) : (k + count) * len(first)])
             self.launch("multi_perturb", *numbers, w, d, p, some, count, move, table, coefficients.shape[1], seed, k,
                         first_copy + k)  # fmt: skip
+        return tuple(made)
+
+    def multi_climb(self, *args):
+        """On CUDA, too, made of the other two."""
+        made = []
+        reference.multi_climb(
+            *args, norm_of=self.multi_norm, perturb=lambda *given: made.extend(self.multi_perturb(*given))
+        )
         return tuple(made)
 
 
