@@ -11,7 +11,7 @@ constexpr int64_t kStreamed = int64_t(1) << 25;  // bytes of output from which o
 
 // Spares reading an output that is larger than the caches before it is overwritten. Whole lines at a time: narrower
 // stores cost a fifth of the pass. `from` is 64-byte aligned.
-#if QK_VECTOR_PHILOX
+#if QK_X86_CLONES
 __attribute__((target("avx512f"))) size_t write_lines(char* to, const char* from, size_t bytes) {
   size_t done = 0;
   for (; done + 64 <= bytes; done += 64) {
@@ -199,7 +199,7 @@ void write_copies(const Pieces& pieces, const Tensors& out, const Tensors& param
     });
   };
   pieces.each(copies * (draws(move) ? 8 : 1), write, [] {
-#if QK_VECTOR_PHILOX
+#if QK_X86_CLONES
     _mm_sfence();
 #endif
   });
