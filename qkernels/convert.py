@@ -1,10 +1,12 @@
 """A float model into a quantized one and on to integers."""
 
+import warnings
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from . import backend
 from . import nn as qnn
@@ -110,9 +112,50 @@ def start_weight(quantizer, weight):
 
 def quantizable(model, exclude=()):
     """(name, module) of the layers that quantize_ swaps, in the order of the model; a shared one under each name."""
-    modules = list(model.named_modules(remove_duplicate=False))
-    outside = {id(m) for name, m in modules if any(name == e or name.startswith(e + ".") for e in exclude)}
-    return [(name, m) for name, m in modules if type(m) in qnn.QUANTIZED and id(m) not in outside]
+    outside, modules = _excluded(model, exclude), model.named_modules(remove_duplicate=False)
+    return [(name, m) for name, m in modules if type(m) in qnn.QUANTIZED and m not in outside]
+
+
+def _excluded(model, exclude):
+    """The modules that one of their names puts into ``exclude``."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {m for name, m in modules if any(name == e or name.startswith(e + ".") for e in exclude)}
+
+
+def left_in_float(model):
+    """(name, module, why) of the layers with a matrix of weights that no quantizer sees, in the model's order."""
+    return [
+        (name, m, _why_float(m))
+        for name, m in model.named_modules()
+        if not isinstance(m, (qnn._Quantized, nn.LayerNorm, nn.RMSNorm)) and _has_weight_matrix(m)
+    ]
+
+
+def _has_weight_matrix(module):
+    return is_parametrized(module, "weight") or any(
+        "weight" in name and (nn.parameter.is_lazy(p) or p.dim() > 1)
+        for name, p in module.named_parameters(recurse=False)
+    )
+
+
+def _why_float(module):
+    if is_parametrized(module):
+        return "parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it a plain layer"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy; one forward pass makes it a plain layer"
+    base = next((kind for kind in qnn.QUANTIZED if isinstance(module, kind)), None)
+    return (
+        "no quantized form" if base is None else f"a subclass of {base.__name__} may compute something else"
+    )
+
+
+def _left(model, exclude):
+    """left_in_float in one line, without the excluded."""
+    groups, outside = {}, _excluded(model, exclude)
+    for name, m, why in left_in_float(model):
+        if m not in outside:
+            groups.setdefault(f"({type(m).__name__}: {why})", []).append(name or "(model)")
+    return ", ".join(f"{' '.join(names)} {what}" for what, names in groups.items())
 
 
 def quantize_(model, config=None, **settings):
@@ -120,7 +163,8 @@ def quantize_(model, config=None, **settings):
 
     Parameters are shared, so optimizers and state dict keys stay valid; weight step sizes start from the weights,
     activation step sizes from ``calibrate`` or the first training batch. Returns the model (a new module only where
-    the model itself is a layer). ValueError: nothing to quantize, already quantized, an unknown name in exclude.
+    the model itself is a layer). One warning names the layers with weights that stay in floating point and are not
+    excluded. ValueError: nothing to quantize, already quantized, an unknown name in exclude.
     """
     config = config or QConfig(**settings)
     names = dict(model.named_modules(remove_duplicate=False))
@@ -131,8 +175,8 @@ def quantize_(model, config=None, **settings):
         raise ValueError("model is already quantized")
     layers = quantizable(model, config.exclude)
     if not layers:
-        kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
-        raise ValueError(f"model has no layer to quantize ({kinds})")
+        kinds, left = ", ".join(kind.__name__ for kind in qnn.QUANTIZED), _left(model, config.exclude)
+        raise ValueError(f"model has no layer to quantize ({kinds})" + (f"; it has {left}" if left else ""))
     order = list(dict.fromkeys(id(layer) for _, layer in layers))
     ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
     seeds, swapped = q.SeedSource(), {}
@@ -144,12 +188,18 @@ def quantize_(model, config=None, **settings):
         else:
             parent, _, child = name.rpartition(".")
             setattr(names[parent], child, swapped[id(layer)])
+    for module in names.values():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # they serve the path that reads weights past the quantizers
     noisy = False
     for stream, quantizer in enumerate(quantizers(model)):
         quantizer.seeds, quantizer.stream = seeds, stream
         noisy = noisy or quantizer.noise is not None
     if noisy:
         model.register_forward_pre_hook(seeds.renew)
+    left = _left(model, config.exclude)
+    if left:
+        warnings.warn(f"left in floating point: {left} (silent for those in exclude)", stacklevel=2)
     return model
 
 
@@ -186,7 +236,9 @@ def calibrate(model, loader, batches=8):
 
     No gradients; BatchNorm normalises by the batch and keeps its statistics; other modules are in evaluation mode.
     Batches are tensors or (input, ...) tuples. Processes of a torch.distributed group agree. Returns the model.
-    Raises: ValueError where the model has no quantizer or the loader no batch; TypeError where a batch is neither.
+    One warning names the layers that no batch reached; they keep the step sizes they had, if any.
+    Raises: ValueError where the model has no quantizer or the loader no batch; TypeError where a batch is neither;
+    RuntimeError where batches reached no layer at all.
     """
     if not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches must be an int of at least 1, got {batches!r}")
@@ -219,6 +271,7 @@ def calibrate(model, loader, batches=8):
             seen += 1
         if seen == 0:
             raise ValueError("loader gave no batch")
+        _warn_unreached(model, observed)
         for quantizer in observed:
             if quantizer.statistics.sums is not None:
                 quantizer.start_from(quantizer.statistics.agreed())
@@ -231,6 +284,16 @@ def calibrate(model, loader, batches=8):
         for module, training in modes:
             module.training = training
     return model
+
+
+def _warn_unreached(model, observed):
+    silent = {id(quantizer) for quantizer in observed if quantizer.statistics.sums is None}
+    if not silent:
+        return
+    names = ", ".join(name or "(model)" for name, m in layers(model) if id(m.input_quantizer) in silent)
+    if len(silent) == len(observed):
+        raise RuntimeError(f"loader: its batches reached no quantized layer: {names}")
+    warnings.warn(f"no batch of loader reached {names}: their input step sizes are not set", stacklevel=4)
 
 
 @torch.no_grad()
@@ -251,7 +314,7 @@ def convert_(model):
     model.eval()
     for _, layer in found:
         integer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
-        del layer._parameters["weight"]
+        layer._parameters.pop("weight", None)  # torch.nn.utils.weight_norm keeps it elsewhere
         layer.weight = None
         layer.weight_quantizer = integer
     return model
@@ -278,7 +341,10 @@ def param_groups(model, lr, weight_decay=0.0, scale_lr=None):
 
 
 def summary(model):
-    """A table of the quantized layers: name, kind, weight and activation grid, granularity, step sizes, backend."""
+    """A table of the quantized layers: name, kind, weight and activation grid, granularity, step sizes, backend.
+
+    Layers with weights that stay in floating point follow below.
+    """
     rows = [("layer", "kind", "weight", "rows", "weight step", "input", "input step", "backend")]
     for name, layer in layers(model):
         weight, act = layer.weight_quantizer, layer.input_quantizer
@@ -297,6 +363,8 @@ def summary(model):
         )
     if len(rows) == 1:
         return "no quantized layer"
+    for name, layer, _ in left_in_float(model):
+        rows.append((name, type(layer).__name__, "float", "-", "-", "float", "-", "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
