@@ -175,6 +175,12 @@ def test_errors():
         qk.calibrate(network(), inputs())
     with pytest.raises(ValueError, match="loader gave no batch"):
         qk.calibrate(quantized(), [])
+    for value in (float("nan"), float("inf")):
+        model = quantized("asymmetric")
+        before = state(model)
+        with pytest.raises(ValueError, match="loader: its batches give NaN or infinite inputs to 0, 4, 7"):
+            qk.calibrate(model, [*inputs(1), torch.full((4, 2, 6, 6), value)])
+        assert not changed(before, model)
     with pytest.raises(RuntimeError, match="loader: its batches reached no quantized layer: 0, 4, 7"):
         qk.calibrate(quantized(), [torch.randn(0, 2, 6, 6)])
     with pytest.raises(ValueError, match="batches must be an int of at least 1, got 0"):

@@ -413,6 +413,14 @@ def test_qconfig_errors(settings, message):
     assert not convert.layers(model)
 
 
+def test_quantize_arguments():
+    for model, config, got in (("net", None, "str and NoneType"), (Net(), "lsq", "Net and str")):
+        with pytest.raises(TypeError, match=f"an nn.Module and config a QConfig or None, got {got}"):
+            qk.quantize_(model, config)
+    with pytest.raises(ValueError, match="give config or settings, not both; got QConfig.*act_bits"):
+        qk.quantize_(Net(), qk.QConfig(), act_bits=2)
+
+
 def table(model):
     head, *rows = (line.split("  ") for line in qk.summary(model).splitlines())
     names = [cell.strip() for cell in head if cell.strip()]
