@@ -333,7 +333,8 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
         ({"label_smoothing": 5.0}, "label_smoothing: 5.0 is not a number from 0 to 1"),
         ({"lr": math.nan}, "lr: nan is not a finite number"),
         ({"betas": [0.9, math.inf]}, "betas.1: inf is not a finite number"),
-        ({"betas": ["a"]}, r"betas: \['a'\] is not a list of numbers"),
+        ({"betas": ["a"]}, r"betas: \['a'\] holds something else than numbers"),
+        ({"weight_decay_by_bits.2": "half"}, "weight_decay_by_bits: {.*'half'} holds something else"),
         ({"distill.weight": math.nan}, "distill.weight: nan is not a finite number"),
         ({"lr": -0.1}, "lr: -0.1 is not positive"),
         ({"optimizer": "lion"}, "optimizer: 'lion' is not one of sgd, adam, adamw, rmsprop"),
@@ -486,6 +487,7 @@ def test_saq_takes_rho_by_model_and_bits(model, bits, settings, rho):
             "distill: weight=2, temperature=4.0; logits takes a weight from 0 to 1",
         ),
         ("kd", {"distill.temperature": -1.0}, "distill.temperature: -1.0 is not a number of at least 0"),
+        ("saq", {"sharpness.rho_by_bits": 3}, "sharpness.rho_by_bits: 3 is not a table"),
         ("saq", {"amp": "fp16"}, "amp: 'fp16' scales gradients"),
     ],
 )

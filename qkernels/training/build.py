@@ -84,6 +84,8 @@ def _sharpness_aware(model, base, config):
         raise ValueError(f"sharpness.kind: {kind!r} is not one of {', '.join(wrappers)}")
     radii = arguments.pop("rho_by_model", {}).get(config["model"], arguments.pop("rho_by_bits", None))
     arguments.pop("rho_by_bits", None)
+    if radii and not isinstance(radii, dict):
+        raise ValueError(f"sharpness.rho_by_bits: {radii!r} is not a table of bits and rho")
     if radii and "rho" not in arguments:
         nearest = min(sorted(map(int, radii)), key=lambda bits: abs(bits - config["weight_bits"]))
         arguments["rho"] = radii[str(nearest)]

@@ -150,9 +150,10 @@ def _check(settings):
     for key, choices in CHOICES.items():
         if settings[key] not in choices:
             raise ValueError(f"{key}: {settings[key]!r} is not one of {', '.join(choices)}")
-    for key in ("betas", "milestones"):
-        if not all(isinstance(value, (int, float)) for value in settings[key]):
-            raise ValueError(f"{key}: {settings[key]} is not a list of numbers")
+    for key, numbers in (("betas", settings["betas"]), ("milestones", settings["milestones"]),
+                         ("weight_decay_by_bits", settings["weight_decay_by_bits"].values())):  # fmt: skip
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError(f"{key}: {settings[key]} holds something else than numbers")
     if settings["label_smoothing"] > 1:
         raise ValueError(f"label_smoothing: {settings['label_smoothing']} is not a number from 0 to 1")
     if settings["distill"] and not settings["method"]:
