@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from . import reference
 
@@ -82,9 +83,14 @@ def op(name: str):
 
 
 def apply_function(function: type[torch.autograd.Function]):
-    """``function.apply``, without its inspection of the signature (most of a small call) where nothing needs it."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """``function.apply``, without its inspection of the signature (most of a small call) where nothing needs it.
+
+    Transforms and dual numbers get ``function.forward_mode``: torch.compile takes no Function that has a jvp.
+    """
+    if torch.compiler.is_compiling():
         return function.apply
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return getattr(function, "forward_mode", function).apply
     return super(torch.autograd.Function, function).apply
 
 

@@ -1,12 +1,14 @@
 """A float model into a quantized one and on to integers."""
 
+import warnings
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import nn
 
-from . import backend
+from . import backend, candidates
 from . import nn as qnn
 from . import noise as noises
 from . import quantizers as q
@@ -49,6 +51,9 @@ class QConfig:
             raise ValueError(f"method must be one of {', '.join(q.WEIGHT)}; got {self.method!r}")
         for name in ("weight_bits", "act_bits", "first_last_bits"):
             bits = getattr(self, name)
+            if isinstance(bits, np.integer):
+                bits = int(bits)
+                object.__setattr__(self, name, bits)
             if bits is not None and (not isinstance(bits, int) or not 2 <= bits <= 8):
                 raise ValueError(f"{name} must be an int from 2 to 8 or None, got {bits!r}")
         if self.weight_axis not in (0, None):
@@ -108,20 +113,19 @@ def start_weight(quantizer, weight):
     quantizer.start_from(statistics)
 
 
-def quantizable(model, exclude=()):
-    """(name, module) of the layers that quantize_ swaps, in the order of the model; a shared one under each name."""
-    modules = list(model.named_modules(remove_duplicate=False))
-    outside = {id(m) for name, m in modules if any(name == e or name.startswith(e + ".") for e in exclude)}
-    return [(name, m) for name, m in modules if type(m) in qnn.QUANTIZED and id(m) not in outside]
-
-
 def quantize_(model, config=None, **settings):
     """Swap every Linear, Conv1d, Conv2d, ConvTranspose2d and Embedding of the model for its quantized form, in place.
 
     Parameters are shared, so optimizers and state dict keys stay valid; weight step sizes start from the weights,
     activation step sizes from ``calibrate`` or the first training batch. Returns the model (a new module only where
-    the model itself is a layer). ValueError: nothing to quantize, already quantized, an unknown name in exclude.
+    the model itself is a layer). One warning names the layers with weights that stay in floating point and are not
+    excluded. ValueError: nothing to quantize, already quantized, an unknown name in exclude.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, QConfig | None):
+        got = f"{type(model).__name__} and {type(config).__name__}"
+        raise TypeError(f"model must be an nn.Module and config a QConfig or None, got {got}")
+    if config is not None and settings:
+        raise ValueError(f"give config or settings, not both; got {config} and {', '.join(settings)}")
     config = config or QConfig(**settings)
     names = dict(model.named_modules(remove_duplicate=False))
     unknown = [e for e in config.exclude if e not in names]
@@ -129,10 +133,13 @@ def quantize_(model, config=None, **settings):
         raise ValueError(f"exclude names no module: {', '.join(unknown)}")
     if any(isinstance(m, (qnn._Quantized, qnn.IntegerWeight)) for m in names.values()):
         raise ValueError("model is already quantized")
-    layers = quantizable(model, config.exclude)
+    layers = candidates.quantizable(model, config.exclude)
     if not layers:
-        kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
-        raise ValueError(f"model has no layer to quantize ({kinds})")
+        kinds, left = (
+            ", ".join(kind.__name__ for kind in qnn.QUANTIZED),
+            candidates.said(model, config.exclude),
+        )
+        raise ValueError(f"model has no layer to quantize ({kinds})" + (f"; it has {left}" if left else ""))
     order = list(dict.fromkeys(id(layer) for _, layer in layers))
     ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
     seeds, swapped = q.SeedSource(), {}
@@ -144,12 +151,18 @@ def quantize_(model, config=None, **settings):
         else:
             parent, _, child = name.rpartition(".")
             setattr(names[parent], child, swapped[id(layer)])
+    for module in names.values():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # they serve the path that reads weights past the quantizers
     noisy = False
     for stream, quantizer in enumerate(quantizers(model)):
         quantizer.seeds, quantizer.stream = seeds, stream
         noisy = noisy or quantizer.noise is not None
     if noisy:
         model.register_forward_pre_hook(seeds.renew)
+    left = candidates.said(model, config.exclude)
+    if left:
+        warnings.warn(f"left in floating point: {left} (silent for those in exclude)", stacklevel=2)
     return model
 
 
@@ -186,7 +199,9 @@ def calibrate(model, loader, batches=8):
 
     No gradients; BatchNorm normalises by the batch and keeps its statistics; other modules are in evaluation mode.
     Batches are tensors or (input, ...) tuples. Processes of a torch.distributed group agree. Returns the model.
-    Raises: ValueError where the model has no quantizer or the loader no batch; TypeError where a batch is neither.
+    One warning names the layers that no batch reached; they keep the step sizes they had, if any.
+    Raises: ValueError where the model has no quantizer, the loader no batch or a layer's inputs are not finite;
+    TypeError where a batch is neither; RuntimeError where batches reached no layer at all.
     """
     if not isinstance(batches, int) or batches < 1:
         raise ValueError(f"batches must be an int of at least 1, got {batches!r}")
@@ -200,14 +215,13 @@ def calibrate(model, loader, batches=8):
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
-    kept = [(m, m.momentum, m.num_batches_tracked.clone()) for m in norms]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     observed = [m for m in found if m.role == "activation"]
     device = next(model.parameters()).device
     model.eval()
     try:
         for norm in norms:
             norm.train()
-            norm.momentum = 0.0
         for quantizer in observed:
             quantizer.statistics = Statistics(quantizer.axis)
         seen = 0
@@ -219,18 +233,38 @@ def calibrate(model, loader, batches=8):
             seen += 1
         if seen == 0:
             raise ValueError("loader gave no batch")
-        for quantizer in observed:
-            if quantizer.statistics.sums is not None:
-                quantizer.start_from(quantizer.statistics.agreed())
+        reached = _reached(model, observed)
+        statistics = [quantizer.statistics.agreed() for quantizer in reached]
+        broken = [a for a, seen in zip(reached, statistics, strict=True) if not seen.sums.isfinite().all()]
+        if broken:
+            raise ValueError(f"loader: its batches give NaN or infinite inputs to {_of(model, broken)}")
+        for quantizer, seen in zip(reached, statistics, strict=True):
+            quantizer.start_from(seen)
     finally:
         for quantizer in observed:
             quantizer.statistics = None
-        for norm, momentum, tracked in kept:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(tracked)
+        for buffer, before in kept:
+            buffer.copy_(before)
         for module, training in modes:
             module.training = training
     return model
+
+
+def _reached(model, observed):
+    """The quantizers that some data came to; a warning names the layers of the others."""
+    reached = [a for a in observed if a.statistics.sums is not None]
+    if len(reached) < len(observed):
+        names = _of(model, [a for a in observed if a.statistics.sums is None])
+        if not reached:
+            raise RuntimeError(f"loader: its batches reached no quantized layer: {names}")
+        warnings.warn(f"no batch of loader reached {names}: their input step sizes are not set", stacklevel=4)
+    return reached
+
+
+def _of(model, quantizers):
+    """Names of the layers that have these input quantizers."""
+    wanted = set(map(id, quantizers))
+    return ", ".join(name or "(model)" for name, m in layers(model) if id(m.input_quantizer) in wanted)
 
 
 @torch.no_grad()
@@ -251,7 +285,7 @@ def convert_(model):
     model.eval()
     for _, layer in found:
         integer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
-        del layer._parameters["weight"]
+        layer._parameters.pop("weight", None)  # torch.nn.utils.weight_norm keeps it elsewhere
         layer.weight = None
         layer.weight_quantizer = integer
     return model
@@ -278,7 +312,10 @@ def param_groups(model, lr, weight_decay=0.0, scale_lr=None):
 
 
 def summary(model):
-    """A table of the quantized layers: name, kind, weight and activation grid, granularity, step sizes, backend."""
+    """A table of the quantized layers: name, kind, weight and activation grid, granularity, step sizes, backend.
+
+    Layers with weights that stay in floating point follow below.
+    """
     rows = [("layer", "kind", "weight", "rows", "weight step", "input", "input step", "backend")]
     for name, layer in layers(model):
         weight, act = layer.weight_quantizer, layer.input_quantizer
@@ -297,6 +334,8 @@ def summary(model):
         )
     if len(rows) == 1:
         return "no quantized layer"
+    for name, layer, _ in candidates.left_in_float(model):
+        rows.append((name, type(layer).__name__, "float", "-", "-", "float", "-", "-"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows

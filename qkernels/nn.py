@@ -7,6 +7,10 @@ from torch import nn
 from . import ops
 
 
+def _is_called(module, args):
+    """Does nothing; without any hook torch's encoder layers read the weights themselves, past ``forward``."""
+
+
 class _Quantized:
     """A layer whose weight and input pass through quantizers; either may be None (then that tensor stays as it is)."""
 
@@ -15,6 +19,7 @@ class _Quantized:
     def __init__(self, *args, weight_quantizer=None, input_quantizer=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
+        self.register_forward_pre_hook(_is_called)
 
     @classmethod
     def wrap(cls, layer, weight_quantizer=None, input_quantizer=None):
@@ -26,6 +31,7 @@ class _Quantized:
         for quantizer in (weight_quantizer, input_quantizer):
             if quantizer is not None:
                 quantizer.train(layer.training).to(layer.weight.device)
+        wrapped.register_forward_pre_hook(_is_called)
         return wrapped
 
     def quantized_weight(self):

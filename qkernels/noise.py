@@ -1,5 +1,6 @@
 """Noise inside the quantizer: what a user passes as ``noise=``. The kernels know it by (kind, a, b)."""
 
+import math
 from dataclasses import dataclass
 
 PLAIN, TEMPERING, AFTER, BEFORE, PSEUDO, PSEUDO_NORMAL, STOCHASTIC, SHIFT = range(8)
@@ -17,8 +18,8 @@ class Tempering:
     k: float = 50.0
 
     def __post_init__(self):
-        _check("c", self.c, self.c >= 0, "a float >= 0")
-        _check("k", self.k, self.k >= 0, "a float >= 0")
+        _check("c", self.c, _number(self.c) and 0 <= self.c < math.inf, "a number >= 0")
+        _check("k", self.k, _number(self.k) and 0 <= self.k < math.inf, "a number >= 0")
 
     def code(self) -> tuple[int, float, float]:
         return TEMPERING, float(self.c), float(self.k)
@@ -36,7 +37,7 @@ class FeaturePerturbation:
     where: str = "after"
 
     def __post_init__(self):
-        _check("p", self.p, 0 <= self.p <= 1, "a probability in [0, 1]")
+        _check("p", self.p, _number(self.p) and 0 <= self.p <= 1, "a probability in [0, 1]")
         _check("where", self.where, self.where in ("after", "before"), "'after' or 'before'")
 
     def code(self) -> tuple[int, float, float]:
@@ -68,6 +69,10 @@ class StochasticRounding:
 
 
 Noise = Tempering | FeaturePerturbation | Pseudo | StochasticRounding
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _check(name: str, value, accepted: bool, what: str) -> None:

@@ -206,7 +206,8 @@ class Asymmetric(Quantizer):
         low, high = statistics.minimum.clamp(max=0), statistics.maximum.clamp(min=0)
         top = self.bounds()[1]
         self.scale.copy_(_positive((high - low) / top))
-        self.zero_point.copy_((-(low / self.scale).round()).clamp(0, top).to(torch.int32))
+        # A NaN range shows in the scale; it has no integer.
+        self.zero_point.copy_((-(low / self.scale).round()).clamp(0, top).nan_to_num().to(torch.int32))
 
 
 class ClipWeight(Quantizer):

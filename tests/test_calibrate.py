@@ -175,6 +175,14 @@ def test_errors():
         qk.calibrate(network(), inputs())
     with pytest.raises(ValueError, match="loader gave no batch"):
         qk.calibrate(quantized(), [])
+    for value in (float("nan"), float("inf")):
+        model = quantized("asymmetric")
+        before = state(model)
+        with pytest.raises(ValueError, match="loader: its batches give NaN or infinite inputs to 0, 4, 7"):
+            qk.calibrate(model, [*inputs(1), torch.full((4, 2, 6, 6), value)])
+        assert not changed(before, model)
+    with pytest.raises(RuntimeError, match="loader: its batches reached no quantized layer: 0, 4, 7"):
+        qk.calibrate(quantized(), [torch.randn(0, 2, 6, 6)])
     with pytest.raises(ValueError, match="batches must be an int of at least 1, got 0"):
         qk.calibrate(quantized(), inputs(), batches=0)
     with pytest.raises(TypeError, match="loader must give tensors or .*got dict"):
@@ -192,7 +200,11 @@ def test_a_layer_that_never_runs_stays_uncalibrated():
         def forward(self, x):
             return self.used(x)
 
-    model = qk.calibrate(qk.quantize_(Partial()), [torch.randn(4, 3)])
+    with pytest.warns(
+        UserWarning, match="no batch of loader reached unused: their input step sizes"
+    ) as caught:
+        model = qk.calibrate(qk.quantize_(Partial()), [torch.randn(4, 3)])
+    assert caught[0].filename == __file__
     assert model.used.input_quantizer.started and not model.unused.input_quantizer.started
     with pytest.raises(RuntimeError, match="no step size yet"):
         model.eval().unused(torch.randn(4, 3))

@@ -83,6 +83,17 @@ def test_python_dash_m():
         (["train", "--out", "{tmp}/x", "--set", "lrr=1"], "unknown setting 'lrr'"),
         (["train", "--out", "{tmp}/x", "--set", "lr"], "--set: 'lr' is not of the form key=value"),
         (["train", "--out", "{tmp}/x", "--optimizer", "lion"], "optimizer: 'lion' is not one of sgd, adam,"),
+        (["train", "--out", "{tmp}/x", "--lr", "nan"], "lr: nan is not a finite number"),
+        (["train", "--out", "{tmp}/x", "--seed", "9" * 23], "seed: 9999"),
+        (
+            ["train", "--out", "{tmp}/x", "--recipe", "float", "--threads", "0"],
+            "--threads: 0 is not a number",
+        ),
+        (["train", "--out", "/dev/null", "--recipe", "float"], "--out: /dev/null is not a folder"),
+        (
+            ["tables", "nt-noise", "--out", "{tmp}/x", "--threads", "0"],
+            "--threads: 0 is not a positive number",
+        ),
         (["train", "--out", "{tmp}/x", "--resume"], "is not a run folder: it has no config.json"),
         (["train", "--out", "{tmp}/x", "--recipe", "float", "--model", "resnet21"], "resnet21"),
         (["train", "--out", "{tmp}/x", "--recipe", "float", "--data", "cifar10:{tmp}/x"], "is not a folder"),

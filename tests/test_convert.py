@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
@@ -412,6 +413,14 @@ def test_qconfig_errors(settings, message):
     assert not convert.layers(model)
 
 
+def test_quantize_arguments():
+    for model, config, got in (("net", None, "str and NoneType"), (Net(), "lsq", "Net and str")):
+        with pytest.raises(TypeError, match=f"an nn.Module and config a QConfig or None, got {got}"):
+            qk.quantize_(model, config)
+    with pytest.raises(ValueError, match="give config or settings, not both; got QConfig.*act_bits"):
+        qk.quantize_(Net(), qk.QConfig(), act_bits=2)
+
+
 def table(model):
     head, *rows = (line.split("  ") for line in qk.summary(model).splitlines())
     names = [cell.strip() for cell in head if cell.strip()]
@@ -421,17 +430,18 @@ def table(model):
 def test_summary():
     assert qk.summary(Net()) == "no quantized layer"
     model = qk.quantize_(Net(), exclude=["mix"])
-    rows = table(model)
+    *rows, left = table(model)
+    assert (left["layer"], left["kind"], left["weight"], left["input"]) == ("mix", "Conv1d", "float", "float")
     assert [row["layer"] for row in rows] == ["stem", "body.0", "body.2", "up", "head"]
     assert [row["kind"] for row in rows] == ["QuantConv2d"] * 3 + ["QuantConvTranspose2d", "QuantLinear"]
     assert {row["input step"] for row in rows} == {"not calibrated"}
     qk.calibrate(model, [batch()])
-    rows = table(model)
+    rows = table(model)[:-1]
     assert rows[0]["weight"] == "8 bit [-128, 127]" and rows[2]["input"] == "4 bit [0, 15]"
     assert float(rows[0]["input step"]) == pytest.approx(model.stem.input_quantizer.scale.item(), rel=1e-3)
     shape = [row["rows"] for row in rows]
     assert shape == ["4", "4", "4", "3", "5"]
-    rows = table(qk.convert_(model))
+    rows = table(qk.convert_(model))[:-1]
     assert [row["rows"] for row in rows] == shape and rows[1]["weight"] == "int4"
     assert table(calibrated(weight_bits=None))[0]["weight"] == "float"
     (single,) = table(qk.quantize_(nn.Linear(2, 3), weight_axis=None))
@@ -482,3 +492,86 @@ def test_a_few_steps_of_training_lower_the_loss(method):
 def test_sparse_embedding_is_refused():
     with pytest.raises(ValueError, match="sparse=True cannot be quantized"):
         qk.quantize_(nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2)))
+
+
+class ScaledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class CustomWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda: ScaledLinear(3, 3), "left (ScaledLinear: a subclass of Linear may compute something else)"),
+        (lambda: nn.Conv3d(1, 1, 1), "left (Conv3d: no quantized form)"),
+        (lambda: nn.LSTM(3, 3), "left (LSTM: no quantized form)"),
+        (lambda: nn.LazyLinear(3), "left (LazyLinear: lazy; one forward pass makes it a plain layer)"),
+        (
+            lambda: parametrizations.weight_norm(nn.Linear(3, 3)),
+            "left (ParametrizedLinear: parametrized; torch.nn",
+        ),
+        (lambda: nn.MultiheadAttention(4, 2), "left (MultiheadAttention: no quantized form), left.out_proj"),
+        (CustomWeight, "left (CustomWeight: no quantized form)"),
+    ],
+    ids=lambda v: v.split()[1][1:-1] if isinstance(v, str) else "",
+)
+def test_layers_left_in_float_are_said(make, said, recwarn):
+    def model(*more):
+        return nn.ModuleDict({"left": make(), "norm": nn.LayerNorm((3, 3)), **dict(more)})
+
+    with pytest.raises(ValueError, match="model has no layer to quantize .Linear") as caught:
+        qk.quantize_(model())
+    assert said in str(caught.value) and not recwarn.list
+    quantized = qk.quantize_(model(("ours", nn.Linear(3, 3))))
+    (warning,) = recwarn.list
+    assert "left in floating point: " + said in str(warning.message) and warning.filename == __file__
+    assert [row["layer"] for row in table(quantized)][:2] == ["ours", "left"]
+    qk.quantize_(model(("ours", nn.Linear(3, 3))), exclude=["left"])
+    assert len(recwarn.list) == 1
+
+
+def test_old_weight_norm_converts():
+    with pytest.warns(FutureWarning):
+        model = qk.quantize_(nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2)))
+    x = torch.randn(5, 3)
+    y = qk.calibrate(model, [x]).eval()(x)
+    assert torch.equal(qk.convert_(model)(x), y)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.filterwarnings("ignore:left in floating point")
+def test_torchs_encoder_keeps_the_quantizers(padded):
+    """Its fast path, taken in evaluation without gradients, reads the weights of linear1 and linear2 itself."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    x = torch.randn(3, 4, 8)
+    mask = torch.arange(4) >= torch.tensor([[4], [3], [2]]) if padded else None
+    plain = model.eval()(x, src_key_padding_mask=mask)
+    qk.calibrate(qk.quantize_(model, weight_bits=2, act_bits=2, first_last_bits=None), [x])
+    with torch.no_grad():
+        y = model(x, src_key_padding_mask=mask)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            expected = model(x, src_key_padding_mask=mask)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        torch.testing.assert_close(
+            y, expected
+        )  # the attention between them, in floating point, takes its own
+        assert (y - plain).abs().max() > 0.1
+        assert torch.equal(qk.convert_(model)(x, src_key_padding_mask=mask), y)
+
+
+def test_a_quantized_layer_put_into_torchs_encoder_by_hand():
+    encoder, calls = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), []
+    encoder.linear1 = qk.nn.QuantLinear(8, 16).eval()
+    encoder.linear1.quantized_weight = lambda: calls.append(1) or encoder.linear1.weight
+    with torch.no_grad():
+        encoder(torch.randn(2, 3, 8))
+    assert calls == [1]

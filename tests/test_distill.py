@@ -298,7 +298,14 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(setting):
 
 def test_references_are_released_and_hooks_go(setting):
     student, teacher, x = setting
+
+    def hooks():
+        modules = (*student.modules(), *teacher.modules())
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+
+    before = hooks()
     with qk.distill.FeatureDistillation(student, teacher) as distill:
+        assert hooks() != before
         alive = []
         hook = student.conv1.register_forward_hook(lambda m, a, y: alive.append(weakref.ref(y)))
         student(x)
@@ -316,8 +323,7 @@ def test_references_are_released_and_hooks_go(setting):
         distill.loss(x)
         with pytest.raises(RuntimeError, match="forward of the student"):
             distill.loss(x)
-    for model in (student, teacher):
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks() == before
 
 
 def test_only_the_last_forward_counts_and_shared_layers_count_twice(setting):

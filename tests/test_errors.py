@@ -1,5 +1,6 @@
 """Bad input gives one exception that names the argument, its value and what is accepted."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,9 @@ GRID = [
     ((X, S.to("meta")), {"bits": 4}, ValueError, ["scale", "meta", "cpu"]),
     ((X, S), {"bits": 4, "offset": torch.zeros(1, device="meta")}, ValueError, ["offset", "meta", "cpu"]),
     ((X, S), {"bits": 4, "zero_point": SEED.to("meta")}, ValueError, ["zero_point", "meta", "cpu"]),
+    ((X, S), {"bits": 4, "zero_point": torch.tensor([2**32 + 3])}, ValueError, ["zero_point", "int32", "4294967299"]),
+    ((X, S), {"bits": 4, "zero_point": 2**66}, ValueError, ["zero_point", "int32", str(2**66)]),
+    ((X, S), {"quant_min": -(2**40), "quant_max": 7}, ValueError, ["quant_min", "int32", str(-(2**40))]),
     ((X, S), {"bits": 4, "zero_point": 1.5}, TypeError, ["zero_point", "1.5", "int"]),
     ((X, S), {"bits": 4, "offset": 0.5}, TypeError, ["offset", "0.5", "tensor"]),
     ((X, S), {"bits": 4, "offset": torch.tensor([1])}, TypeError, ["offset", "int64", "floating"]),
@@ -56,6 +60,8 @@ NOISE = [
     ({"noise": qk.noise.Tempering(), "seed": 3}, ValueError, ["seed", "3", "int64"]),
     ({"noise": qk.noise.Tempering(), "seed": SEED.int()}, ValueError, ["seed", "int32", "int64"]),
     ({"noise": qk.noise.Tempering(), "seed": torch.tensor([1, 2])}, ValueError, ["seed", "(1,)"]),
+    ({"noise": qk.noise.Tempering(), "seed": SEED, "stream": 2.7}, ValueError, ["stream", "int", "2.7"]),
+    ({"noise": qk.noise.Tempering(), "seed": SEED, "stream": 2**64}, ValueError, ["stream", "int64", str(2**64)]),
     ({"noise": qk.noise.Tempering(), "seed": SEED.to("meta")}, ValueError, ["seed", "meta", "cpu"]),
     ({"shift": torch.zeros(4), "shift_scale": torch.ones(1)}, ValueError, ["shift", "(4,)", "x's shape"]),
     ({"shift": torch.zeros(4, 6).half(), "shift_scale": torch.ones(1)}, ValueError, ["shift", "float16", "dtype"]),
@@ -109,6 +115,9 @@ def test_levels_that_do_not_fit_a_byte(bounds):
     (lambda: qk.pack(Q, bits=3), ValueError, ["bits", "2, 4 or 8", "3"]),
     (lambda: qk.pack(Q, bits=0), ValueError, ["bits", "2, 4 or 8", "0"]),
     (lambda: qk.pack(X, bits=4), TypeError, ["q ", "float32", "int8"]),
+    (lambda: qk.pack([1], bits=4), TypeError, ["q ", "list", "int8"]),
+    (lambda: qk.dequantize([1], S), TypeError, ["q ", "list", "int8"]),
+    (lambda: qk.dequantize(Q, S, zero_point=2**40), ValueError, ["zero_point", "int32", str(2**40)]),
     (lambda: qk.unpack(Q, bits=4, shape=(48,)), TypeError, ["p ", "int8", "uint8"]),
     (lambda: qk.unpack(Q.byte().flatten(), bits=4, shape=(40,)), ValueError, ["p ", "20", "24", "(40,)"]),
     (lambda: qk.unpack(Q.byte().flatten(), bits=4, shape=(50,)), ValueError, ["p ", "25", "24", "(50,)"]),
@@ -122,6 +131,9 @@ def test_integers(call, exception, words):
     (lambda: qk.noise.Tempering(c=-1.0), ["c ", ">= 0", "-1.0"]),
     (lambda: qk.noise.Tempering(k=-0.1), ["k ", ">= 0", "-0.1"]),
     (lambda: qk.noise.Tempering(c=float("nan")), ["c ", ">= 0", "nan"]),
+    (lambda: qk.noise.Tempering(c=float("inf")), ["c ", ">= 0", "inf"]),
+    (lambda: qk.noise.Tempering(k="a"), ["k ", ">= 0", "'a'"]),
+    (lambda: qk.noise.FeaturePerturbation(p="a"), ["p ", "[0, 1]", "'a'"]),
     (lambda: qk.noise.FeaturePerturbation(p=1.5), ["p ", "[0, 1]", "1.5"]),
     (lambda: qk.noise.FeaturePerturbation(where="between"), ["where", "'after' or 'before'", "between"]),
     (lambda: qk.noise.Pseudo("laplace"), ["kind", "'uniform' or 'normal'", "laplace"]),
@@ -154,3 +166,26 @@ def test_a_refused_call_leaves_its_input_alone():
     with pytest.raises(ValueError):
         qk.fake_quantize(x, torch.ones(3), bits=4, axis=0)
     assert torch.equal(x, X)
+
+
+def test_a_zero_point_nobody_may_look_at_saturates():
+    far = torch.tensor([[2**32 + 3], [-(2**40)]])
+    y = torch.vmap(lambda z: qk.fake_quantize(X, S, bits=4, zero_point=z))(far)
+    assert (y[0] < -1e8).all() and (y[1] > 1e8).all(), "and does not wrap to 3"
+
+
+@pytest.mark.parametrize("granularity", [{"axis": 0}, {"group_size": 6}])
+def test_no_rows_of_an_empty_tensor(granularity):
+    x, scale, offset = torch.empty(0, 6), torch.empty(0).requires_grad_(), torch.empty(0).requires_grad_()
+    rest = {"bits": 4, **granularity}
+    y = qk.fake_quantize(x, scale, offset=offset, zero_point=torch.empty(0, dtype=torch.int64), **rest)
+    y.sum().backward()
+    assert y.shape == (0, 6) and scale.grad.shape == offset.grad.shape == (0,)
+    q = qk.quantize(x, scale, **rest)
+    assert q.shape == (0, 6) and qk.dequantize(q, scale, **granularity).shape == (0, 6)
+
+
+def test_numpy_integers_are_bits():
+    assert torch.equal(qk.fake_quantize(X, S, bits=np.int64(3)), qk.fake_quantize(X, S, bits=3))
+    assert type(qk.QConfig(weight_bits=np.int32(3)).weight_bits) is int
+    assert_refused(lambda: qk.fake_quantize(X, S, bits=np.int64(40)), ValueError, ["bits", "16", "40"])

@@ -1,9 +1,9 @@
 """First and second derivatives, forward mode, and agreement with autograd of the straight-through expression."""
 
-import contextlib
-
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 import qkernels as qk
 from qkernels import testing
@@ -128,39 +128,55 @@ def test_a_second_derivative_of_ewgs(backend):
     torch.testing.assert_close(slope, torch.tensor([1.15, 1.15, 0.0], dtype=torch.float64))
 
 
-@contextlib.contextmanager
-def refused_or_right():
-    """A function with a jvp of its own cannot be compiled in one graph; without one torch refuses, by name."""
-    try:
-        yield
-    except NotImplementedError as error:
-        assert "jvp" in str(error)
+def dual(f, values, tangents, gradient=False, create_graph=False):
+    """The tangent of f, or of the gradient of its sum, by dual numbers."""
+    with forward_ad.dual_level():
+        values = [v.clone().requires_grad_(gradient) for v in values]
+        y = f(*map(forward_ad.make_dual, values, tangents))
+        if not gradient:
+            return forward_ad.unpack_dual(y).tangent
+        found = torch.autograd.grad(y.sum(), values, create_graph=create_graph)
+        return [forward_ad.unpack_dual(g).tangent for g in found]
 
 
+def samples(f):
+    """f over a batch of two of its first argument."""
+    return lambda x, *rest: torch.vmap(lambda x: f(x, *rest))(torch.stack([x, 2 * x]))
+
+
+FORWARD = {
+    "jvp": lambda f, values, tangents: torch.func.jvp(f, values, tangents)[1],
+    "of_vmap": lambda f, values, tangents: torch.func.jvp(samples(f), values, tangents)[1],
+    "jacfwd": lambda f, values, _: torch.func.jacfwd(f, argnums=(0, 1))(*values),
+    "hessian": lambda f, values, _: torch.func.hessian(lambda *a: f(*a).sum(), argnums=(0, 1))(*values),
+    "twice": lambda f, values, _: torch.func.jacfwd(torch.func.jacfwd(f, argnums=1), argnums=(0, 1))(*values),
+    "reverse_over": lambda f, values, _: torch.func.jacrev(torch.func.jacfwd(f, argnums=1), argnums=(0, 1))(*values),
+    "dual": dual,
+    "dual_gradient": lambda *a: dual(*a, gradient=True),
+    "dual_graph": lambda *a: dual(*a, gradient=True, create_graph=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", FORWARD)
 @pytest.mark.parametrize("name", ["tensor", "axis0", "axis1", "grad_scale"])
-def test_forward_mode_is_the_surrogates_or_refused(backend, name):
+def test_forward_mode_is_the_surrogates(backend, name, way):
     leaves, keywords = problem(name)
-    keywords = {**keywords, "grad_scale": 1.0}
-    tangents = tuple(torch.randn_like(t) for t in leaves)
-    values = tuple(t.detach() for t in leaves)
-    theirs = torch.func.jvp(lambda *a: run(surrogate, a, keywords), values, tangents)
-    with refused_or_right():
-        ours = torch.func.jvp(lambda *a: run(qk.fake_quantize, a, keywords), values, tangents)
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
-def test_forward_over_reverse_is_the_surrogates_or_refused(backend):
-    leaves, keywords = problem("axis1")
     values, tangents = tuple(t.detach() for t in leaves), tuple(torch.randn_like(t) for t in leaves)
+    cube = [lambda *a, f=f: run(f, a, keywords) ** 3 for f in (qk.fake_quantize, surrogate)]
+    ours, theirs = (tree_leaves(FORWARD[way](f, values, tangents)) for f in cube)
+    assert sum(want.detach().abs().sum() for want in theirs) > 0
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
-    def gradient(function):
-        loss = lambda *a: (run(function, a, keywords) ** 3).sum()  # noqa: E731
-        return torch.func.jvp(torch.func.grad(loss, argnums=(0, 1, 2)), values, tangents)[1]
 
-    with refused_or_right():
-        for got, want in zip(gradient(qk.fake_quantize), gradient(surrogate)):
-            assert want.abs().sum() > 0
-            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+def test_forward_mode_of_ewgs(backend):
+    """The forward pass knows no sign of a gradient; the gradient is linear in g between the signs."""
+    x, scale = torch.tensor([0.3, -0.3, 9.0], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    quantizer = lambda x: qk.fake_quantize(x, scale, bits=4, ewgs=0.5)  # noqa: E731
+    with pytest.raises(NotImplementedError, match="ewgs=0.5 has no forward-mode derivative: EWGS"):
+        torch.func.jvp(quantizer, (x,), (x,))
+    g, tangent = torch.tensor([[2.0, -4.0, 1.0], [1.0, -2.0, 3.0]], dtype=torch.float64)
+    slope = torch.func.jvp(lambda g: torch.func.vjp(quantizer, x)[1](g)[0], (g,), (tangent,))[1]
+    torch.testing.assert_close(slope, torch.tensor([1.15, 1.15, 0.0], dtype=torch.float64) * tangent)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
@@ -173,8 +189,8 @@ def test_gradcheck_where_the_function_is_smooth(backend, kind, name):
     def f(x, scale, offset=None):
         return qk.fake_quantize(x, scale, offset=offset, **keywords)
 
-    assert torch.autograd.gradcheck(f, leaves)
-    assert torch.autograd.gradgradcheck(f, leaves)
+    assert torch.autograd.gradcheck(f, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(f, leaves, check_fwd_over_rev=True)
 
 
 def test_gradcheck_beyond_the_clip(backend):

@@ -385,3 +385,8 @@ def test_bad_arguments_of_a_quantizer():
         q.ClipWeight(4, "weight", weight_norm="half")
     with pytest.raises(RuntimeError, match="no data was seen"):
         Statistics().agreed()
+
+
+def test_a_range_of_nan_has_no_zero_point():
+    quantizer = qk.quantizers.Asymmetric(4, "activation").train()
+    assert quantizer(torch.full((3,), torch.nan)).isnan().all() and quantizer.zero_point.item() == 0

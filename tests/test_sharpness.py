@@ -323,9 +323,10 @@ def test_report_is_written_read_shown_and_continued(trained, tmp_path, monkeypat
     read = sharpness.Report.from_json(path)
     assert read == report
     assert "sharpness_mag_orig" in str(read)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="path must be the Report of a to_json"):
-        sharpness.Report.from_json(path)
+    for damaged in ("[]", path.read_text()[:50]):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match="path must be the Report of a to_json"):
+            sharpness.Report.from_json(path)
 
 
 @pytest.mark.parametrize(

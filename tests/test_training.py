@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 import qkernels as qk
+from qkernels import cli
 from qkernels.training import bn_reestimate, build, checkpoint, load_run, make_config, train
 from qkernels.training.data import build_data
 from qkernels.training.engine import Interrupt, Trainer, lr_schedule
+from qkernels.training.log import RunLog
 from qkernels.training.recipe import available_recipes, load_recipe, parse_assignment
 from qkernels.training.run import Interrupted
 
@@ -321,7 +323,19 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
         ({"learning_rate": 1}, "overrides: unknown setting 'learning_rate'; known are summary, method,"),
         ({"epochs": "ten"}, "overrides: epochs = 'ten' is a str; expected int"),
         ({"epochs": True}, "overrides: epochs = True is a bool; expected int"),
-        ({"epochs": 0}, "epochs: 0 is not positive"),
+        ({"epochs": 0}, "epochs: 0 is not a number of at least 1"),
+        ({"float_epochs": -1}, "float_epochs: -1 is not a number of at least 0"),
+        ({"calibration_batches": 0}, "calibration_batches: 0 is not a number of at least 1"),
+        ({"bn_reestimate": -1}, "bn_reestimate: -1 is not a number of at least 0"),
+        ({"clip_grad_norm": -1.0}, "clip_grad_norm: -1.0 is not a number of at least 0"),
+        ({"gamma": -1.0}, "gamma: -1.0 is not a number of at least 0"),
+        ({"weight_decay": -1.0}, "weight_decay: -1.0 is not a number of at least 0"),
+        ({"label_smoothing": 5.0}, "label_smoothing: 5.0 is not a number from 0 to 1"),
+        ({"lr": math.nan}, "lr: nan is not a finite number"),
+        ({"betas": [0.9, math.inf]}, "betas.1: inf is not a finite number"),
+        ({"betas": ["a"]}, r"betas: \['a'\] holds something else than numbers"),
+        ({"weight_decay_by_bits.2": "half"}, "weight_decay_by_bits: {.*'half'} holds something else"),
+        ({"distill.weight": math.nan}, "distill.weight: nan is not a finite number"),
         ({"lr": -0.1}, "lr: -0.1 is not positive"),
         ({"optimizer": "lion"}, "optimizer: 'lion' is not one of sgd, adam, adamw, rmsprop"),
         ({"schedule": "linear"}, "schedule: 'linear' is not one of cosine, step"),
@@ -333,6 +347,49 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
 def test_bad_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("lsq", "digits", overrides)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"threads": 0}, "--threads: 0 is not a number of at least 1"),
+        ({"workers": -1}, "--workers: -1 is not a number of at least 0"),
+        ({"tensorboard": True}, "--tensorboard needs tensorboard: pip install"),
+    ],
+)
+def test_bad_options_fail_before_anything_is_written(tmp_path, monkeypatch, option, message):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises((ValueError, ImportError), match=message):
+        train(make_config(**TINY, recipe="float"), tmp_path / "run", quiet=True, **option)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", '{"model": ', "[1]"])
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+def test_a_damaged_json_file_is_named(tmp_path, capsys, name, text):
+    (tmp_path / "config.json").write_text(json.dumps(make_config(**TINY, recipe="float")))
+    (tmp_path / name).write_text(text)
+    assert cli.main(["train", "--resume", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / name} is " in said and "damaged: " in said and "complete" not in said
+
+
+@pytest.mark.parametrize("terminal, period", [(True, 0.5), (False, 30.0)])
+def test_progress_within_an_epoch_without_tqdm(tmp_path, capsys, monkeypatch, terminal, period):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    now = [100.0]
+    monkeypatch.setattr("qkernels.training.log.time.monotonic", lambda: now[0])
+    log = RunLog(tmp_path, 3, 0, 16)
+    run = trainer()
+    run.progress = lambda trainer: (now.__setitem__(0, now[0] + period / 4), log.step(trainer))
+    run.train_epoch(stop_after(9))
+    said = capsys.readouterr().err
+    lines = said.split("\r\x1b[K")[1:] if terminal else said.splitlines()
+    assert [line.split("  loss")[0] for line in lines] == ["epoch   1/3  step 4/16", "epoch   1/3  step 8/16"]
+    log.say("above")
+    assert capsys.readouterr().err == ("\r\x1b[Kabove\n" if terminal else "above\n")
+    log.close()
 
 
 def test_bad_recipe_files_are_named(tmp_path):
@@ -406,13 +463,32 @@ def test_saq_takes_rho_by_model_and_bits(model, bits, settings, rho):
 @pytest.mark.parametrize(
     "recipe, change, message",
     [
-        ("saq", {"sharpness.radius": 1.0}, "sharpness: .*unexpected keyword argument 'radius'"),
+        ("saq", {"sharpness.radius": 1.0}, "sharpness.radius: unknown; known are rho, case"),
         ("saq", {"sharpness.case": 4}, "case must be 1, 2 or 3, got 4"),
         ("saq", {"weight_bits": 32}, "case 3 needs a model with quantized weights"),
-        ("fpq", {"distill.scale": 1.0}, "distill: .*unexpected keyword argument 'scale'"),
+        ("fpq", {"distill.scale": 1.0}, "distill.scale: unknown; known are reduction"),
         ("fpq", {"weight_bits": 32, "act_bits": 32}, "distill: needs a quantized method"),
         ("fpq", {"float_recipe": ""}, "distill: needs a trained teacher; give init, or a float_recipe"),
-        ("lsq", {"quantizer.axis": 1}, "quantizer: .*unexpected keyword argument 'axis'"),
+        ("lsq", {"quantizer.axis": 1}, "quantizer.axis: unknown; known are method, weight_bits"),
+        ("lsq", {"seed": 10**23}, "seed: 1000.* is not an integer from 0 to 9223372036854775807"),
+        ("lsq", {"seed": -1}, "seed: -1 is not an integer from 0 to"),
+        ("lsq", {"image_size": 0}, "image_size: 0 is not an integer from 1 to"),
+        (
+            "lsq",
+            {"quantizer.act_noise": {"kind": "Tempering", "x": 1}},
+            "quantizer.act_noise.x: unknown; known are c,",
+        ),
+        ("lsq", {"quantizer.act_noise": {"kind": "Tempering", "c": "a"}}, "c must be a number >= 0, got 'a'"),
+        ("lsq", {"float_recipe": "none"}, "recipe: 'none' is neither a .toml file nor"),
+        ("fpq", {"distill.weight": -7}, "distill.weight: -7 is not a number of at least 0"),
+        (
+            "kd",
+            {"distill.weight": 2},
+            "distill: weight=2, temperature=4.0; logits takes a weight from 0 to 1",
+        ),
+        ("kd", {"distill.temperature": -1.0}, "distill.temperature: -1.0 is not a number of at least 0"),
+        ("saq", {"sharpness.rho_by_bits": 3}, "sharpness.rho_by_bits: 3 is not a table"),
+        ("saq", {"amp": "fp16"}, "amp: 'fp16' scales gradients"),
     ],
 )
 def test_bad_arguments_of_the_methods_are_named(tmp_path, recipe, change, message):

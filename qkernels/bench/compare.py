@@ -1,5 +1,6 @@
 """`qkernels compare`: two results of `qkernels bench`, row by row."""
 
+import argparse
 import re
 
 from . import results
@@ -23,7 +24,7 @@ def percent(text):
     """0.05 from "5%" or "5"."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", text.strip())
     if not match:
-        raise ValueError(f"--fail-over: {text!r} is not a percentage such as 5%")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage such as 5%")
     return float(match[1]) / 100
 
 

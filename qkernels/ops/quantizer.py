@@ -1,14 +1,17 @@
-"""The quantizer's ops: legal arguments, granularity, schema, fake, autograd.Function and public function together."""
+"""The fake quantizer: legal arguments, granularity, schema, fake, autograd.Function and public function together."""
 
+import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from .. import backend, layout
 from .. import noise as noises
 from ..reference import quantizer as reference
 
 _NOISE = "int noise, float a, float b, Tensor? seed, int stream"
-_GRID = "Tensor scale, Tensor? offset, Tensor? zero_point, int axis, int quant_min, int quant_max"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GRID = "Tensor scale, Tensor? offset, Tensor? zero_point, int axis, int quant_min, int quant_max"
+_INT32 = 2**31
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake_like(x, scale, offset, zero_point, axis, *rest):
@@ -21,42 +24,17 @@ def _fake_backward(grad, x, scale, offset, zero_point, axis, *rest):
     return dx, scale.new_empty(rows), scale.new_empty(0 if offset is None else rows)
 
 
-def _fake_quantized(x, scale, offset, zero_point, axis, quant_min, quant_max):
-    like = layout.ordered(x, scale.numel(), axis)
-    return torch.empty_like(like, dtype=reference.integer_type(quant_max))
-
-
-def _fake_dequantized(q, scale, offset, zero_point, axis, dtype):
-    return torch.empty_like(layout.ordered(q, scale.numel(), axis), dtype=dtype)
-
-
-def _fake_pack(q, bits):
-    return q.new_empty((q.numel() * bits + 7) // 8, dtype=torch.uint8)
-
-
-def _fake_unpack(p, bits, numel, signed):
-    return p.new_empty(numel, dtype=torch.int8 if signed else torch.uint8)
-
-
 backend.define(
     "fake_quantize",
-    f"(Tensor x, {_GRID}, {_NOISE}, Tensor? shift, Tensor? shift_scale) -> Tensor",
+    f"(Tensor x, {GRID}, {_NOISE}, Tensor? shift, Tensor? shift_scale) -> Tensor",
     _fake_like,
 )
 backend.define(
     "fake_quantize_backward",
-    f"(Tensor grad, Tensor x, {_GRID}, float grad_scale, bool clip_only, float ewgs, {_NOISE})"
+    f"(Tensor grad, Tensor x, {GRID}, float grad_scale, bool clip_only, float ewgs, {_NOISE})"
     " -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
-backend.define("quantize", f"(Tensor x, {_GRID}) -> Tensor", _fake_quantized)
-backend.define(
-    "dequantize",
-    "(Tensor q, Tensor scale, Tensor? offset, Tensor? zero_point, int axis, ScalarType dtype) -> Tensor",
-    _fake_dequantized,
-)
-backend.define("pack", "(Tensor q, int bits) -> Tensor", _fake_pack)
-backend.define("unpack", "(Tensor p, int bits, int numel, bool signed) -> Tensor", _fake_unpack)
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -78,14 +56,16 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        run = FakeQuantizeBackward.apply if torch.is_grad_enabled() else FakeQuantizeBackward.forward
+        run = FakeQuantizeBackward.forward
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            run = backend.apply_function(FakeQuantizeBackward)
         dx, dscale, doffset = run(grad, *ctx.saved_tensors, *ctx.settings)
         return (dx, dscale, doffset if ctx.needs_input_grad[2] else None, *[None] * 14)
 
     @staticmethod
     def vmap(info, dims, x, scale, offset, zero_point, seed, shift, shift_scale, axis, *rest):
         batch = _Batch(info, dims, x, scale, axis, seed_dim=dims[4])
-        y = FakeQuantize.apply(
+        y = backend.apply_function(FakeQuantize)(
             batch.elements(x, dims[0]), batch.rows(scale, dims[1]), batch.rows(offset, dims[2]),
             batch.rows(zero_point, dims[3]), seed, batch.elements(shift, dims[5]), shift_scale, batch.axis, *rest
         )  # fmt: skip
@@ -116,7 +96,7 @@ class FakeQuantizeBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info, dims, grad, x, scale, offset, zero_point, seed, axis, *rest):
         batch = _Batch(info, dims[1:], x, scale, axis, seed_dim=dims[5])
-        dx, dscale, doffset = FakeQuantizeBackward.apply(
+        dx, dscale, doffset = backend.apply_function(FakeQuantizeBackward)(
             batch.elements(grad, dims[0]), batch.elements(x, dims[1]), batch.rows(scale, dims[2]),
             batch.rows(offset, dims[3]), batch.rows(zero_point, dims[4]), seed, batch.axis, *rest
         )  # fmt: skip
@@ -124,11 +104,52 @@ class FakeQuantizeBackward(torch.autograd.Function):
         return (batch.split(dx), dscale.reshape(size, -1), doffset.reshape(size, -1)), (0, 0, 0)
 
 
+class ForwardMode(FakeQuantize):
+    """FakeQuantize with a jvp; the surrogate's, as its gradient is."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        FakeQuantize.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:5])
+
+    @staticmethod
+    def jvp(ctx, x_t, scale_t, offset_t, *rest):
+        saved, ewgs = ctx.saved_tensors, ctx.settings[5]
+        if ewgs != 0:
+            raise NotImplementedError(
+                f"fake_quantize with ewgs={ewgs} has no forward-mode derivative: EWGS scales by the sign of the "
+                "gradient, which only reverse mode knows"
+            )
+        return _tangent(_slopes(saved, ctx.settings), *saved[:2], ctx.settings, x_t, scale_t, offset_t, None)
+
+
+class BackwardForwardMode(FakeQuantizeBackward):
+    """FakeQuantizeBackward with a jvp: linear in grad (EWGS: where it keeps its sign), constant in the rest."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        FakeQuantizeBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:6])
+
+    @staticmethod
+    def jvp(ctx, grad_t, *rest):
+        grad, *saved = ctx.saved_tensors
+        dx, dscale, doffset = backend.apply_function(FakeQuantizeBackward)(grad_t, *saved, *ctx.settings)
+        if ctx.settings[5] != 0:
+            slopes = _slopes(saved, ctx.settings)
+            dx = _tangent(slopes, *saved[:2], ctx.settings, grad_t, None, None, grad)
+        return dx, dscale, doffset
+
+
+FakeQuantize.forward_mode = ForwardMode
+FakeQuantizeBackward.forward_mode = BackwardForwardMode
+
+
 def _slopes(saved, settings):
     x, scale, offset, zero_point, seed = saved
     axis, quant_min, quant_max, _, clip_only, _, noise, a, _, stream = settings
     kind = noises.PLAIN if noise in (noises.TEMPERING, noises.AFTER, noises.SHIFT) else noise
-    with torch.no_grad():
+    with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         return reference.slopes(x, scale, offset, zero_point, axis, quant_min, quant_max, clip_only, kind, a, seed,
                                 stream)  # fmt: skip
 
@@ -199,14 +220,18 @@ def bounds(bits, signed, quant_min, quant_max) -> tuple[int, int]:
             raise ValueError(f"give bits, or both quant_min and quant_max; got {quant_min=}, {quant_max=}")
         if not (isinstance(quant_min, int) and isinstance(quant_max, int)):
             raise TypeError(f"quant_min and quant_max must be ints, got {quant_min!r} and {quant_max!r}")
-        if quant_min >= quant_max:
-            raise ValueError(f"quant_min must be below quant_max, got {quant_min} and {quant_max}")
+        if not -_INT32 <= quant_min < quant_max < _INT32:
+            raise ValueError(
+                f"quant_min must be below quant_max, both within int32, got {quant_min} and {quant_max}"
+            )
         return quant_min, quant_max
     if quant_min is not None or quant_max is not None:
         raise ValueError(
             f"give bits or quant_min and quant_max, not both; got {bits=}, {quant_min=}, {quant_max=}"
         )
     if not isinstance(bits, int) or isinstance(bits, bool) or not (2 if signed else 1) <= bits <= 16:
+        if isinstance(bits, np.integer):
+            return bounds(int(bits), signed, None, None)
         raise ValueError(f"bits must be an int from {2 if signed else 1} to 16, got {bits!r}")
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
 
@@ -214,7 +239,7 @@ def bounds(bits, signed, quant_min, quant_max) -> tuple[int, int]:
 def granularity(x, scale, axis, group_size) -> int:
     """Check that scale fits x at this granularity; the dimension of the rows, or layout.FLAT."""
     rows = scale.numel()
-    if scale.dim() > 1 or rows == 0:
+    if scale.dim() > 1 or (rows == 0 and x.numel() > 0):
         raise ValueError(
             f"scale must have shape (1,) or (rows,) with at least one row, got {tuple(scale.shape)}"
         )
@@ -254,9 +279,9 @@ def _per_row(name, values, scale):
     return values.reshape(-1).expand(scale.numel()) if values.numel() != scale.numel() else values.reshape(-1)
 
 
-def _prepare(x, scale, offset, zero_point, axis, group_size):
+def prepare(x, scale, offset, zero_point, axis, group_size):
     """Checked (scale, offset, zero_point tensor, axis) in the dtypes the kernels take."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in _DTYPES:
+    if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(f"x must be a float32, bfloat16, float16 or float64 tensor, got {got}")
     if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
@@ -277,8 +302,32 @@ def _prepare(x, scale, offset, zero_point, axis, group_size):
         if not isinstance(zero_point, torch.Tensor) or zero_point.is_floating_point():
             got = zero_point.dtype if isinstance(zero_point, torch.Tensor) else repr(zero_point)
             raise TypeError(f"zero_point must be an int or an integer tensor, got {got}")
-        zero_point = _per_row("zero_point", zero_point, scale).to(torch.int32)
+        zero_point = _int32(_per_row("zero_point", zero_point, scale))
+    if scale.numel() == 0:  # x is empty as well: one row, for kernels that divide by the rows
+        scale, offset, zero_point = (
+            None if t is None else t.sum(0, keepdim=True, dtype=t.dtype) for t in (scale, offset, zero_point)
+        )
+        axis = layout.FLAT
     return scale, offset, zero_point, axis
+
+
+def _int32(zero_point):
+    """zero_point as the kernels take it. Beyond int32 it saturates where looking at it would make the host wait."""
+    if zero_point.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        return zero_point.to(torch.int32)
+    zero_point = zero_point.long()
+    saturated = zero_point.clamp(-_INT32, _INT32 - 1)
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if zero_point.device.type == "cpu" and not traced and not torch.equal(saturated, zero_point):
+        raise ValueError(f"zero_point must lie within int32, got {zero_point.tolist()}")
+    return saturated.to(torch.int32)
+
+
+def whole_zero_point(zero_point: int) -> int:
+    """zero_point itself; ValueError beyond int32."""
+    if not -_INT32 <= zero_point < _INT32:
+        raise ValueError(f"zero_point must lie within int32, got {zero_point}")
+    return zero_point
 
 
 def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,
@@ -298,7 +347,7 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
         offset: learned real offset (LSQ+), shape (1,) or (rows,). zero_point: fixed int or integer tensor.
         grad_scale: factor of the gradients of scale and offset (LSQ: 1 / sqrt(N * quant_max)).
         noise: one of qk.noise; seed: int64 tensor of shape (1,); stream: int, one per layer.
-        clip_only: the scale learns from clipped elements alone (PACT). ewgs: EWGS's delta, 0 for none.
+        clip_only: the scale learns from clipped elements alone (PACT). ewgs: EWGS's delta (no forward mode).
         shift, shift_scale: y + shift_scale * shift, shift like x, shift_scale float32 (1,) (SAQ, case 3).
 
     Returns: y, the shape, dtype and strides of x. Only x (and scale, offset) is kept for backward.
@@ -307,8 +356,9 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
     """
     quant_min, quant_max = bounds(bits, signed, quant_min, quant_max)
     if isinstance(zero_point, int):
+        zero_point = whole_zero_point(zero_point)
         quant_min, quant_max, zero_point = quant_min - zero_point, quant_max - zero_point, None
-    scale, offset, zero_point, axis = _prepare(x, scale, offset, zero_point, axis, group_size)
+    scale, offset, zero_point, axis = prepare(x, scale, offset, zero_point, axis, group_size)
     kind, a, b = noises.PLAIN, 0.0, 0.0
     if noise is not None:
         if not isinstance(noise, noises.Noise):
@@ -320,6 +370,8 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
             raise ValueError(f"noise needs seed, an int64 tensor of shape (1,), got {seed!r}")
         if seed.device != x.device:
             raise ValueError(f"seed must be on {x.device} as x is, got {seed.device}")
+        if not isinstance(stream, int) or not -(2**63) <= stream < 2**63:
+            raise ValueError(f"stream must be an int within int64, got {stream!r}")
         if shift is not None:
             raise ValueError(f"give shift or noise, not both; got noise={noise!r}")
         seed = seed.reshape(1)
@@ -334,73 +386,6 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
     run = backend.apply_function(FakeQuantize)
     return run(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max,
                               float(grad_scale), bool(clip_only), float(ewgs), kind, a, b, int(stream))  # fmt: skip
-
-
-def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,
-             offset=None, zero_point=None):  # fmt: skip
-    """The integer levels of x: clip(rint((x - offset) / scale) + zero_point, quant_min, quant_max).
-
-    Returns int8 (uint8 where quant_max > 127) of x's shape and strides; NaN takes the level nearest to zero. No
-    gradient. Arguments and errors as ``fake_quantize``; bounds outside [-128, 127] and [0, 255]: ValueError.
-    """
-    quant_min, quant_max = bounds(bits, signed, quant_min, quant_max)
-    if not (-128 <= quant_min and quant_max <= 127 or 0 <= quant_min and quant_max <= 255):
-        raise ValueError(
-            f"quantize stores 8 bits: bounds must fit int8 or uint8, got [{quant_min}, {quant_max}]"
-        )
-    if isinstance(zero_point, int):
-        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=x.device)
-    scale, offset, zero_point, axis = _prepare(x, scale, offset, zero_point, axis, group_size)
-    with torch.no_grad():
-        return backend.op("quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max)
-
-
-def dequantize(q, scale, *, axis=None, group_size=None, offset=None, zero_point=None, dtype=torch.float32):
-    """(q - zero_point) * scale + offset in ``dtype``: equal to fake_quantize of what q was quantized from.
-
-    q: int8 or uint8. Errors as ``fake_quantize``. The gradient stops here.
-    """
-    if q.dtype not in (torch.int8, torch.uint8):
-        raise TypeError(f"q must be an int8 or uint8 tensor, got {q.dtype}")
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    if isinstance(zero_point, int):
-        zero_point = torch.full((1,), zero_point, dtype=torch.int32, device=q.device)
-    like = torch.empty(0, dtype=dtype, device=q.device).expand(0)
-    like = like.new_empty(()).expand(q.shape)
-    scale, offset, zero_point, axis = _prepare(like, scale, offset, zero_point, axis, group_size)
-    with torch.no_grad():
-        return backend.op("dequantize")(q, scale, offset, zero_point, axis, dtype)
-
-
-def pack(q, bits):
-    """Integer levels as a flat uint8 tensor of ceil(numel * bits / 8) bytes, the first level in the lowest bits.
-
-    q: int8 or uint8, every level within ``bits`` (not checked); bits: 2, 4 or 8. Contiguous order.
-    """
-    _check_pack("q", q, bits, (torch.int8, torch.uint8))
-    return backend.op("pack")(q, bits)
-
-
-def unpack(p, bits, shape, signed=True):
-    """The levels ``pack`` stored, in ``shape``: int8, sign-extended, or uint8 where signed is False.
-
-    ValueError where p does not hold exactly that many levels.
-    """
-    _check_pack("p", p, bits, (torch.uint8,))
-    numel = torch.Size(shape).numel()
-    if p.numel() != (numel * bits + 7) // 8:
-        raise ValueError(
-            f"p must hold {(numel * bits + 7) // 8} bytes for shape {tuple(shape)}, got {p.numel()}"
-        )
-    return backend.op("unpack")(p, bits, numel, signed).reshape(shape)
-
-
-def _check_pack(name, t, bits, dtypes):
-    if bits not in (2, 4, 8):
-        raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
-    if t.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dtypes)}, got {t.dtype}")
 
 
 # One int64 tensor (1,) from torch's generator of x's device. The tag keeps compilers from merging or freezing draws.

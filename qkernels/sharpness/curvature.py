@@ -1,7 +1,7 @@
 """The Hessian of the loss with respect to the weights, through the quantizers: eigenvalues, trace, density."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ class Hessian:
     trace: float | None
     trace_stderr: float | None
     trace_samples: list
-    eigenvectors: list
-    names: list
+    eigenvectors: list = field(repr=False)
+    names: list = field(repr=False)
     products: int
     density: object = None
 

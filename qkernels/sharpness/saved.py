@@ -17,7 +17,10 @@ class Saved:
     @classmethod
     def from_json(cls, path):
         """Read what to_json wrote; ValueError where the file holds something else."""
-        values = json.loads(Path(path).read_text())
+        try:
+            values = json.loads(Path(path).read_text())
+        except ValueError:
+            values = None
         if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
             raise ValueError(f"path must be the {cls.__name__} of a to_json, {path} is not")
         return cls(**values)

@@ -2,8 +2,9 @@
 
 from .bn import bn_reestimate
 from .build import load_weights
+from .config import make_config
 from .recipe import available_recipes, load_recipe
-from .run import load_run, make_config, train
+from .run import load_run, train
 
 __all__ = [
     "available_recipes",

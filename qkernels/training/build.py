@@ -1,5 +1,7 @@
 """From settings to objects: the model, its quantization, the optimizer and the loss of a training run."""
 
+import inspect
+
 import torch
 
 import qkernels as qk
@@ -31,7 +33,7 @@ def _argument(key, value):
         kind = arguments.pop("kind", None)
         if kind not in NOISES:
             raise ValueError(f"quantizer.{key}.kind: {kind!r} is not one of {', '.join(NOISES)}")
-        return getattr(qk.noise, kind)(**arguments)
+        return _made(f"quantizer.{key}", getattr(qk.noise, kind), **arguments)
     return None if value == "none" and key != "weight_norm" else value
 
 
@@ -82,6 +84,8 @@ def _sharpness_aware(model, base, config):
         raise ValueError(f"sharpness.kind: {kind!r} is not one of {', '.join(wrappers)}")
     radii = arguments.pop("rho_by_model", {}).get(config["model"], arguments.pop("rho_by_bits", None))
     arguments.pop("rho_by_bits", None)
+    if radii and not isinstance(radii, dict):
+        raise ValueError(f"sharpness.rho_by_bits: {radii!r} is not a table of bits and rho")
     if radii and "rho" not in arguments:
         nearest = min(sorted(map(int, radii)), key=lambda bits: abs(bits - config["weight_bits"]))
         arguments["rho"] = radii[str(nearest)]
@@ -90,7 +94,11 @@ def _sharpness_aware(model, base, config):
 
 
 def _made(setting, make, *args, **arguments):
-    """`make(...)`, where an argument that it does not know is a bad setting."""
+    """`make(...)`, where an argument that it does not know or of another type is a bad setting."""
+    accepted = [*inspect.signature(make).parameters][len(args) :]
+    for name in arguments:
+        if name not in accepted:
+            raise ValueError(f"{setting}.{name}: unknown; known are {', '.join(accepted)}")
     try:
         return make(*args, **arguments)
     except TypeError as error:
@@ -108,12 +116,19 @@ def loss(config, model, teacher):
         return lambda output, target, x: cross_entropy(output.float(), target)
     arguments = dict(config["distill"])
     kind, weight = arguments.pop("kind", None), arguments.pop("weight", 1.0)
+    temperature = arguments.pop("temperature", 4.0) if kind == "logits" else 1.0
+    for name, value in (("weight", weight), ("temperature", temperature)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ValueError(f"distill.{name}: {value!r} is not a number of at least 0")
     if kind == "features":
         distill = _made("distill", qk.distill.FeatureDistillation, model, teacher, **arguments)
         return lambda output, target, x: cross_entropy(output.float(), target) + weight * distill.loss(x)
     if kind != "logits":
         raise ValueError(f"distill.kind: {kind!r} is not one of logits, features")
-    temperature = arguments.pop("temperature", 4.0)
+    if temperature == 0 or weight > 1:
+        raise ValueError(
+            f"distill: {weight=}, {temperature=}; logits takes a weight from 0 to 1 and no temperature 0"
+        )
     if arguments:
         raise ValueError(f"distill: unknown {', '.join(arguments)}; logits takes weight and temperature")
 

@@ -17,8 +17,9 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from .log import say, write_json
-from .run import Interrupted, make_config, read_config, train
+from .config import make_config, read_config
+from .log import read_json, say, write_json
+from .run import Interrupted, train
 
 LEASE = 600.0  # seconds without a sign of life after which the claim of another machine is void
 BEAT = 1.0
@@ -116,7 +117,7 @@ def results(cells, out):
     for cell in cells:
         for file, into in (("result.json", found), ("failure.json", failed)):
             with contextlib.suppress(FileNotFoundError):
-                into[cell.name] = json.loads((Path(out) / cell.name / file).read_text())
+                into[cell.name] = read_json(Path(out) / cell.name / file)
     return found, {name: value["error"] for name, value in failed.items()}
 
 

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from .run import Interrupted, make_config, say, train
+from .config import make_config
+from .log import say
+from .run import Interrupted, train
 
 RUNS = {"float": (32, 32), "w4a4": (4, 4), "w2a2": (2, 2)}
 

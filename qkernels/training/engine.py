@@ -12,6 +12,17 @@ from . import distributed
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def check_amp(amp, optimizer):
+    """ValueError for an unknown `amp`, or one that the optimizer cannot train with."""
+    if amp not in AMP_DTYPES:
+        raise ValueError(f"amp: {amp!r} is not one of {', '.join(AMP_DTYPES)}")
+    if amp == "fp16" and hasattr(optimizer, "first_step"):
+        raise ValueError(
+            "amp: 'fp16' scales gradients, which an optimizer with several passes per step cannot undo; "
+            "use 'bf16' or 'none'"
+        )
+
+
 class Trainer:
     """Trains `model` on `data.train` and can stop and continue at any step, bit for bit.
 
@@ -50,8 +61,7 @@ class Trainer:
         channels_last=False,
         progress=None,
     ):
-        if amp not in AMP_DTYPES:
-            raise ValueError(f"amp: {amp!r} is not one of {', '.join(AMP_DTYPES)}")
+        check_amp(amp, optimizer)
         if accumulate < 1:
             raise ValueError(f"accumulate: {accumulate} is not a positive number of batches")
         self.device = torch.device(device)
@@ -62,11 +72,6 @@ class Trainer:
         self.amp_dtype = AMP_DTYPES[amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self.several_passes = hasattr(optimizer, "first_step")
-        if amp == "fp16" and self.several_passes:
-            raise ValueError(
-                "amp: 'fp16' scales gradients, which an optimizer with several passes per step cannot undo; "
-                "use 'bf16' or 'none'"
-            )
         self.parallel = None
         if distributed.active():
             ids = [self.device.index] if self.device.type == "cuda" else None

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+_CLEAR = "\r\x1b[K"  # to the start of the terminal's line, and its end
+
 
 class RunLog:
     """One JSON object per epoch in `out/log.jsonl`, and the same on the terminal.
@@ -21,20 +23,33 @@ class RunLog:
 
     def __init__(self, out, epochs, start, steps, *, tensorboard=False, quiet=False):
         self.path, self.epochs, self.steps, self.quiet = Path(out) / "log.jsonl", epochs, steps, quiet
-        self.writer = _tensorboard(Path(out) / "tensorboard", start) if tensorboard else None
+        folder = str(Path(out) / "tensorboard")
+        self.writer = summary_writer()(folder, purge_step=start) if tensorboard else None
         kept = [line for line in read_log(out) if line["epoch"] < start]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.bar = None if quiet else _bar(epochs)
-        self.shown = 0.0
+        self.terminal = sys.stderr.isatty()
+        self.bar = _bar(epochs) if self.terminal and not quiet else None
+        self.shown = time.monotonic()
 
     def step(self, trainer):
         """Called after each optimizer step; reading the loss waits for the device, so only twice a second."""
-        if self.bar is None or time.monotonic() - self.shown < 0.5:
+        now = time.monotonic()
+        if self.quiet or now - self.shown < (0.5 if self.terminal else 30.0):
             return
-        self.shown = time.monotonic()
+        self.shown = now
         loss, correct, count = trainer.sums.tolist()
-        self.bar.n = round(trainer.epoch + trainer.batch / self.steps, 2)
-        self.bar.set_postfix_str(f"loss {loss / count:.3f} acc {correct / count:.1%}")
+        text = f"loss {loss / count:.3f} acc {correct / count:.1%}"
+        if self.bar is not None:
+            self.bar.n = round(trainer.epoch + trainer.batch / self.steps, 2)
+            self.bar.set_postfix_str(text)
+            return
+        text = f"epoch {trainer.epoch + 1:>3}/{self.epochs}  step {trainer.batch}/{self.steps}  {text}"
+        print(
+            _CLEAR + text if self.terminal else text,
+            end="" if self.terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def epoch(self, record):
         """Appends one epoch's record."""
@@ -53,9 +68,11 @@ class RunLog:
         )
 
     def say(self, text):
-        """Prints one line above the progress bar."""
+        """Prints one line above the progress."""
         if self.bar is not None:
             self.bar.clear()
+        elif self.terminal:
+            text = _CLEAR + text
         say(text, self.quiet)
         if self.bar is not None:
             self.bar.refresh()
@@ -85,6 +102,17 @@ def read_log(out):
     return records
 
 
+def read_json(path):
+    """The object in a JSON file; ValueError names the file where it is damaged or holds something else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
+    return value
+
+
 def write_json(path, value):
     """Writes `value` to `path` atomically; raises ValueError for a NaN or an infinity, which JSON lacks."""
     write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -100,12 +128,10 @@ def write_atomically(path, text):
 
 
 def _bar(epochs):
-    """A tqdm bar on a terminal, else None: the line per epoch is enough for a file."""
+    """A tqdm bar, or None where there is no tqdm."""
     try:
         from tqdm import tqdm
     except ImportError:
-        return None
-    if not sys.stderr.isatty():
         return None
     return tqdm(
         total=epochs,
@@ -114,9 +140,10 @@ def _bar(epochs):
     )
 
 
-def _tensorboard(folder, start):
+def summary_writer():
+    """TensorBoard's class of event files; ImportError names the extra."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("--tensorboard needs tensorboard: pip install qkernels[tensorboard]") from error
-    return SummaryWriter(str(folder), purge_step=start)
+    return SummaryWriter

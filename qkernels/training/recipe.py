@@ -5,6 +5,7 @@ differs on that data set.
 """
 
 import importlib.resources
+import math
 from pathlib import Path
 
 SETTINGS = {
@@ -41,7 +42,11 @@ SETTINGS = {
     "distill": {},  # kind = "logits" | "features" | "none", weight, ...: a loss against the float model
     "sharpness": {},  # kind = "sam" | "saq" | "none", ...: the optimizer around the optimizer
 }
-POSITIVE = ("epochs", "batch_size", "accumulate", "weight_bits", "act_bits")
+LEAST = {
+    "epochs": 1, "batch_size": 1, "accumulate": 1, "weight_bits": 2, "act_bits": 2, "calibration_batches": 1,
+    "float_epochs": 0, "bn_reestimate": 0, "momentum": 0, "weight_decay": 0, "gamma": 0, "warmup_epochs": 0,
+    "label_smoothing": 0, "clip_grad_norm": 0,
+}  # fmt: skip
 CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "rmsprop"),
     "schedule": ("cosine", "step", "cosine_steps", "constant"),
@@ -137,18 +142,35 @@ def _set(settings, key, value, source):
 
 
 def _check(settings):
-    for key in POSITIVE:
-        if settings[key] < 1:
-            raise ValueError(f"{key}: {settings[key]} is not positive")
+    for key, least in LEAST.items():
+        if settings[key] < least:
+            raise ValueError(f"{key}: {settings[key]} is not a number of at least {least}")
+    for key, value in settings.items():
+        _check_finite(key, value)
     for key, choices in CHOICES.items():
         if settings[key] not in choices:
             raise ValueError(f"{key}: {settings[key]!r} is not one of {', '.join(choices)}")
+    for key, numbers in (("betas", settings["betas"]), ("milestones", settings["milestones"]),
+                         ("weight_decay_by_bits", settings["weight_decay_by_bits"].values())):  # fmt: skip
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            raise ValueError(f"{key}: {settings[key]} holds something else than numbers")
+    if settings["label_smoothing"] > 1:
+        raise ValueError(f"label_smoothing: {settings['label_smoothing']} is not a number from 0 to 1")
     if settings["distill"] and not settings["method"]:
         raise ValueError(
             "distill: needs a quantized method; the teacher is the float model that run starts from"
         )
     if settings["lr"] <= 0:
         raise ValueError(f"lr: {settings['lr']} is not positive")
+
+
+def _check_finite(key, value):
+    """JSON, in which the settings are kept, has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}: {value} is not a finite number")
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in inside:
+        _check_finite(f"{key}.{name}", part)
 
 
 def _toml():

@@ -1,8 +1,6 @@
 """`qkernels train`: one training run in one folder, from a recipe to a result."""
 
 import argparse
-import json
-import platform
 import random
 import shlex
 import signal
@@ -16,10 +14,11 @@ import qkernels as qk
 
 from . import build, checkpoint, distributed
 from .bn import bn_reestimate
+from .config import RUN, check_unchanged, float_config, make_config, read_config, starts_from_float
 from .data import build_data
-from .engine import Interrupt, Trainer, lr_schedule
-from .log import RunLog, read_log, say, write_json
-from .recipe import SETTINGS, available_recipes, load_recipe, parse_assignment
+from .engine import Interrupt, Trainer, check_amp, lr_schedule
+from .log import RunLog, read_json, read_log, say, summary_writer, write_json
+from .recipe import SETTINGS, available_recipes, parse_assignment
 
 FLAGS = (
     "weight_bits",
@@ -38,7 +37,6 @@ FLAGS = (
     "compile",
     "channels_last",
 )
-RUN = {"recipe": "lsq", "model": "resnet20", "data": "digits", "seed": 0, "image_size": 224, "init": None}
 
 
 class Interrupted(Exception):
@@ -105,7 +103,7 @@ def main(args):
     overrides.update(parse_assignment(text) for text in args.set)
     if args.resume:
         config = read_config(args.out)
-        _check_unchanged(config, given, overrides, args.out)
+        check_unchanged(config, given, overrides, args.out)
     else:
         config = make_config(**given, **overrides)
     names = ("resume", "device", "threads", "workers", "deterministic", "tensorboard", "keep_best", "quiet")
@@ -119,44 +117,6 @@ def main(args):
     if result is not None:
         print(f"{args.out}: test accuracy {result['test_acc']:.2%}, loss {result['test_loss']:.4f}")
     return 0
-
-
-def make_config(**arguments):
-    """The config of a new run: what `--recipe`, `--model`, `--data`, `--seed`, `--init` and settings say, complete.
-
-    Raises:
-        ValueError: an unknown recipe or setting, or a value that is not accepted.
-    """
-    config = {key: arguments.pop(key, default) for key, default in RUN.items()}
-    config["init"] = None if config["init"] is None else str(config["init"])
-    settings = load_recipe(config["recipe"], config["data"], arguments)
-    versions = {
-        "qkernels": getattr(qk, "__version__", None),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    return {**config, **settings, "versions": versions}
-
-
-def read_config(out):
-    """The config of the run in folder `out`; raises FileNotFoundError when there is none."""
-    path = Path(out) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{out} is not a run folder: it has no config.json")
-    return json.loads(path.read_text())
-
-
-def _check_unchanged(config, given, overrides, out):
-    """A resumed run keeps its settings: one that differs is an error, not a silent mixture."""
-    for key, value in {**given, **overrides}.items():
-        table, _, inner = key.partition(".")
-        own = config.get(table)
-        own = own.get(inner) if inner and isinstance(own, dict) else own
-        if own != value:
-            raise ValueError(
-                f"--resume: {key} = {value!r} differs from {own!r} of the run in {out}; leave it out, or "
-                "start a new run"
-            )
 
 
 def train(
@@ -178,7 +138,7 @@ def train(
     this, and only the first writes and returns the result (the others None).
 
     Raises:
-        FileExistsError: `out` holds a run and `resume` is False.
+        FileExistsError: `out` holds a run and `resume` is False, or is a file.
         Interrupted: Ctrl-C; the checkpoint is written.
         ValueError, FileNotFoundError: of `config`, before anything is written.
     """
@@ -187,9 +147,11 @@ def train(
         raise FileExistsError(
             f"--out: {out} already holds a run; add --resume to continue it, or choose another folder"
         )
+    _check_machine(out, threads, workers, tensorboard)
     if resume and (out / "result.json").exists():
+        result = read_json(out / "result.json")
         say(f"{out}: this run is complete", quiet)
-        return json.loads((out / "result.json").read_text())
+        return result
     if threads is not None:
         torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = deterministic
@@ -201,12 +163,25 @@ def train(
     _try(config, model)
     distributed.barrier()  # every process has looked at `out`
     if distributed.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out: {out} cannot be made: {error.strerror}") from None
         write_json(out / "config.json", config)
     init = config["init"]
-    if config["method"] and init is None and config["float_recipe"]:
+    if starts_from_float(config):
         init = _train_float(config, out, machine, options)
     return _train_one(config, out, init, model, data, machine, options)
+
+
+def _check_machine(out, threads, workers, tensorboard):
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out: {out} is not a folder")
+    for name, value, least in (("threads", threads, 1), ("workers", workers, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name}: {value} is not a number of at least {least}")
+    if tensorboard:
+        summary_writer()
 
 
 def _try(config, model):
@@ -216,7 +191,9 @@ def _try(config, model):
     probe = deepcopy(model)
     if config["init"] is not None:
         build.load_weights(probe, config["init"])
-    build.optimizer(build.quantize(probe, config), config)
+    check_amp(config["amp"], build.optimizer(build.quantize(probe, config), config))
+    if starts_from_float(config):
+        float_config(config)
     build.loss(config, probe, deepcopy(model))  # it may leave hooks on them
     _lr_factor(config)
 
@@ -231,9 +208,7 @@ def _train_float(config, out, machine, options):
     folder = out / "float"
     if not (folder / "result.json").exists():
         say("no --init: training the float model first, in " + str(folder), options["quiet"])
-        same = {key: config[key] for key in ("model", "data", "seed", "image_size", "batch_size", "augment")}
-        epochs = {"epochs": config["float_epochs"]} if config["float_epochs"] else {}
-        start = make_config(recipe=config["float_recipe"], **same, **epochs)
+        start = float_config(config)
         data = _data(start, **machine)
         _seed(start["seed"])
         distributed.barrier()

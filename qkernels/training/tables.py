@@ -1,12 +1,11 @@
 """`qkernels tables`: the ablations and comparisons of the papers, for any model and data; each cell trains once."""
 
-import json
 import statistics
 from pathlib import Path
 
 from .cells import Cell, check_cells
 from .cells import results as read_results
-from .log import read_log, say, write_atomically, write_json
+from .log import read_json, read_log, say, write_atomically, write_json
 from .papers import METHODS, TABLES, Row, Table
 from .recipe import load_recipe, parse_assignment
 from .run import load_run
@@ -37,9 +36,10 @@ def main(args):
     """Runs `qkernels tables`; returns the exit code, 1 where a cell failed."""
     from ..sweep import run_cells
 
-    for name in ("seeds", "batches"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}: {getattr(args, name)} is not a positive number")
+    for name in ("seeds", "batches", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}: {value} is not a positive number")
     tables, bits, out = chosen(args.name, args.methods), parse_bits(args.bits), Path(args.out).resolve()
     starts, cells = plan(tables, bits, out, args)
     # Rows of two tables may be the same run.
@@ -118,7 +118,7 @@ def _measured(cell, result, tables, out, batches):
     """The result with what the tables show besides, which is kept in the run's folder."""
     wanted = {column for table in tables for column in table.columns}
     path = out / cell.name / "extras.json"
-    extras = json.loads(path.read_text()) if path.exists() else {}
+    extras = read_json(path) if path.exists() else {}
     missing = wanted - extras.keys()
     if missing:
         extras |= {column: _COLUMNS[column](out / cell.name, batches) for column in sorted(missing)}

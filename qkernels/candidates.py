@@ -1,0 +1,54 @@
+"""Which layers of a model have a quantized form, and why the others have none."""
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from . import nn as qnn
+
+
+def quantizable(model, exclude=()):
+    """(name, module) of the layers that quantize_ swaps, in the order of the model; a shared one under each name."""
+    outside, modules = _excluded(model, exclude), model.named_modules(remove_duplicate=False)
+    return [(name, m) for name, m in modules if type(m) in qnn.QUANTIZED and m not in outside]
+
+
+def _excluded(model, exclude):
+    """The modules that one of their names puts into ``exclude``."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {m for name, m in modules if any(name == e or name.startswith(e + ".") for e in exclude)}
+
+
+def left_in_float(model):
+    """(name, module, why) of the layers with a matrix of weights that no quantizer sees, in the model's order."""
+    return [
+        (name, m, _why_float(m))
+        for name, m in model.named_modules()
+        if not isinstance(m, (qnn._Quantized, nn.LayerNorm, nn.RMSNorm)) and _has_weight_matrix(m)
+    ]
+
+
+def _has_weight_matrix(module):
+    return is_parametrized(module, "weight") or any(
+        "weight" in name and (nn.parameter.is_lazy(p) or p.dim() > 1)
+        for name, p in module.named_parameters(recurse=False)
+    )
+
+
+def _why_float(module):
+    if is_parametrized(module):
+        return "parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it a plain layer"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "lazy; one forward pass makes it a plain layer"
+    base = next((kind for kind in qnn.QUANTIZED if isinstance(module, kind)), None)
+    return (
+        "no quantized form" if base is None else f"a subclass of {base.__name__} may compute something else"
+    )
+
+
+def said(model, exclude):
+    """left_in_float in one line, by reason, without the excluded."""
+    groups, outside = {}, _excluded(model, exclude)
+    for name, m, why in left_in_float(model):
+        if m not in outside:
+            groups.setdefault(f"({type(m).__name__}: {why})", []).append(name or "(model)")
+    return ", ".join(f"{' '.join(names)} {what}" for what, names in groups.items())
