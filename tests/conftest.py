@@ -27,6 +27,15 @@ def poisoned():
     assert torch.empty(3).isnan().all()
 
 
+@pytest.fixture
+def interrupted_codes():
+    """What a program that Ctrl-C stopped may return: a shell shows 130 for both.
+
+    CPython ends with the signal itself once an interrupt has passed through an exec of text, which imports do.
+    """
+    return (130, -signal.SIGINT)
+
+
 def pytest_terminal_summary(terminalreporter):
     if not torch.cuda.is_available():
         absent = sum(1 for _ in testing.cases())

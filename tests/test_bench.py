@@ -382,7 +382,7 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(capsys, monkeypatch, tmp_
 
 
 @needs_native
-def test_ctrl_c_in_a_real_process(tmp_path):
+def test_ctrl_c_in_a_real_process(tmp_path, interrupted_codes):
     out = tmp_path / "out.json"
     argv = [sys.executable, "-m", "qkernels", "bench", "--backends", "native,eager", "--repeats", "100000"]
     process = subprocess.Popen(
@@ -393,7 +393,7 @@ def test_ctrl_c_in_a_real_process(tmp_path):
             break
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode in interrupted_codes, err
     assert "stopped before the first row" in err and not out.exists()
 
 

@@ -108,7 +108,9 @@ def test_an_exception_at_any_call_leaves_a_loadable_checkpoint(tmp_path, monkeyp
 def test_kill_9_leaves_a_loadable_checkpoint(tmp_path):
     path, last, rng = tmp_path / "c", 0, random.Random(0)
     checkpoint.save(path, *numbered(0))
-    for _ in range(30):
+    kills = 0
+    while kills < 30 or last <= 30:  # a busy machine saves less between two kills
+        kills += 1
         child = os.fork()
         if child == 0:
             try:
@@ -125,7 +127,6 @@ def test_kill_9_leaves_a_loadable_checkpoint(tmp_path):
         found = number_of(path)
         assert found >= last
         last = found
-    assert last > 30
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.safetensors", "state.json"])
