@@ -135,10 +135,8 @@ def quantize_(model, config=None, **settings):
         raise ValueError("model is already quantized")
     layers = candidates.quantizable(model, config.exclude)
     if not layers:
-        kinds, left = (
-            ", ".join(kind.__name__ for kind in qnn.QUANTIZED),
-            candidates.said(model, config.exclude),
-        )
+        kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
+        left = candidates.said(model, config.exclude)
         raise ValueError(f"model has no layer to quantize ({kinds})" + (f"; it has {left}" if left else ""))
     order = list(dict.fromkeys(id(layer) for _, layer in layers))
     ends = {order[0], order[-1]} if config.first_last_bits is not None else set()

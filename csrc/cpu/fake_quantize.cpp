@@ -72,25 +72,15 @@ struct Forward {
   }
 };
 
-template <class Work>
-QK_CLONES void fake_quantize_runs(const Work& work, int64_t first, int64_t last) {
-  work.runs(first, last);
-}
-
-template <class Work>
-QK_CLONES void fake_quantize_columns(const Work& work, int64_t first, int64_t last) {
-  work.columns(first, last);
+template <bool columns, class Work>
+QK_CLONES void fake_quantize_units(const Work& work, int64_t first, int64_t last) {
+  columns ? work.columns(first, last) : work.runs(first, last);
 }
 
 #ifdef QK_BFLOAT16
-template <class Work>
-QK_BFLOAT16 void fake_quantize_runs_bfloat16(const Work& work, int64_t first, int64_t last) {
-  work.runs(first, last);
-}
-
-template <class Work>
-QK_BFLOAT16 void fake_quantize_columns_bfloat16(const Work& work, int64_t first, int64_t last) {
-  work.columns(first, last);
+template <bool columns, class Work>
+QK_BFLOAT16 void fake_quantize_units_bfloat16(const Work& work, int64_t first, int64_t last) {
+  columns ? work.columns(first, last) : work.runs(first, last);
 }
 #endif
 
@@ -98,10 +88,10 @@ template <Rounding rounding, class Work>
 auto loop_of(bool columns) {
 #ifdef QK_BFLOAT16
   if constexpr (rounding == Rounding::kHardware) {
-    return columns ? fake_quantize_columns_bfloat16<Work> : fake_quantize_runs_bfloat16<Work>;
+    return columns ? fake_quantize_units_bfloat16<true, Work> : fake_quantize_units_bfloat16<false, Work>;
   } else
 #endif
-    return columns ? fake_quantize_columns<Work> : fake_quantize_runs<Work>;
+    return columns ? fake_quantize_units<true, Work> : fake_quantize_units<false, Work>;
 }
 
 Tensor fake_quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset,

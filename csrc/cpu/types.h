@@ -51,11 +51,13 @@ template <>
 QK_HD float store<float>(float x) {
   return x;
 }
+// The upper half, to nearest even; a NaN needs its lower half to be 0.
+QK_HD uint32_t rounded_half(uint32_t bits) { return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16; }
+
 template <>
 QK_HD BFloat16 store<BFloat16>(float x) {
   const uint32_t bits = float_to_bits(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return {uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
+  return {uint16_t((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded_half(bits))};
 }
 template <>
 QK_HD Half store<Half>(float x) {
@@ -83,10 +85,7 @@ QK_HD void store_block(const decltype(load(S()))* from, S* to) {
   if constexpr (bfloat16 && rounding == Rounding::kExact) {
     for (int64_t j = 0; j < count; ++j) to[j] = {uint16_t(float_to_bits(from[j]) >> 16)};
   } else if constexpr (bfloat16 && rounding == Rounding::kCleanBits) {
-    for (int64_t j = 0; j < count; ++j) {
-      const uint32_t bits = float_to_bits(from[j]);
-      to[j] = {uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
-    }
+    for (int64_t j = 0; j < count; ++j) to[j] = {uint16_t(rounded_half(float_to_bits(from[j])))};
 #ifdef QK_BFLOAT16
   } else if constexpr (bfloat16 && rounding == Rounding::kHardware) {
     typedef float Floats __attribute__((vector_size(64), aligned(4)));
