@@ -10,6 +10,7 @@
 #include "math/noise.h"
 #include "math/pack.h"
 #include "math/quantize.h"
+#include "math/reciprocal.h"
 
 namespace py = pybind11;
 
@@ -150,6 +151,15 @@ PYBIND11_MODULE(_elements, m) {
   m.doc() = "The arithmetic of csrc/math for NumPy arrays.";
   define_quantizer<float>(m.def_submodule("float32"));
   define_quantizer<double>(m.def_submodule("float64"));
+  m.def("quotient", py::vectorize(qk::quotient), "x"_a, "scale"_a, "inverse"_a, "x / scale by multiplications.");
+  m.def(
+      "reciprocal",
+      [](float scale, int64_t quant_min, int64_t quant_max) {
+        const qk::Reciprocal by = qk::reciprocal(grid(scale, 0.0f, quant_min, quant_max, 0));
+        return py::make_tuple(by.inverse, by.first, by.last, by.serves);
+      },
+      "scale"_a, "quant_min"_a, "quant_max"_a,
+      "(inverse, first, last, serves): what stands in for a division by scale, and whether it does.");
 
   m.def("row_of", py::vectorize([](int64_t i, int64_t rows, int64_t inner) { return qk::row_of(i, {rows, inner}); }),
         "i"_a, "rows"_a, "inner"_a, "The row of element i.");

@@ -45,6 +45,8 @@ FAULTS = (
     Fault("sign of the scale ignored", "quantize.h", "return scale < T(0) ? T(-1) : T(1);", "return T(1);"),
     Fault("infinite scale accepted", "quantize.h", "if (!(s < T(INFINITY))) return T(NAN);", ""),
     Fault("tiny scale not floored", "quantize.h", "s < T(0x1p-126) ? T(0x1p-126) : s", "s"),
+    Fault("quotient not corrected", "reciprocal.h", "return fmaf(fmaf(-w, scale, x), inverse, w);", "return w;"),
+    Fault("end of the grid not rounded inward", "reciprocal.h", "? neighbour(x, !above) : x", "? x : x"),
     Fault("wrong row", "layout.h", "(i / layout.inner) % layout.rows", "i % layout.rows"),
     Fault("uniform off by half a step", "noise.h", "return float(int32_t(word >> 8)) *",
           "return (float(int32_t(word >> 8)) + 0.5f) *"),

@@ -197,3 +197,54 @@ def test_the_module_itself_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", script, _elements.__file__], capture_output=True, text=True)
     assert done.stdout == "[1, -2]\n", done.stderr
     assert Path(_elements.__file__).name.startswith("_elements")
+
+
+def scales(largest):
+    """Drawn ones, powers of two, and those whose last bits come as close to trouble as they may."""
+    random = np.random.default_rng(largest)
+    drawn = (2.0 ** random.uniform(-100, 100, 300)).astype(np.float32)
+    powers = np.float32(2.0) ** np.arange(-100, 101, 8, dtype=np.float32)
+    modulus = 1 << 24 - largest.bit_length()
+    rests = np.array([0, 9, 10, 11, modulus - 9, modulus - 10])
+    hard = random.integers(1 << 23, 1 << 24, (50, 1)) // modulus * modulus + rests
+    return np.concatenate(
+        [drawn, powers, (hard.ravel() * 2.0**-24).astype(np.float32), [np.float32(2.5 / 7)]]
+    )
+
+
+@pytest.mark.parametrize(
+    "lo, hi", [(-8, 7), (-2, 1), (0, 15), (0, 255), (-128, 127), (3, 18), (-9, -1), (-5, 0)]
+)
+def test_multiplications_in_place_of_the_division(lo, hi):
+    """They give the nearest level of the rounded quotient, and the ends of the grid are those of the division."""
+    ties = np.arange(lo, hi) + 0.5
+    served = 0
+    for scale in scales(max(-lo, hi)):
+        inverse, first, last, serves = (np.float32(v) for v in _elements.reciprocal(scale, lo, hi))
+        if not serves:
+            continue
+        served += 1
+        for end, outward, limit, beyond in ((first, -np.inf, lo, np.less), (last, np.inf, hi, np.greater)):
+            outer = np.nextafter(end, np.float32(outward))
+            assert not beyond(end / scale, limit) and beyond(outer / scale, limit), (scale, lo, hi)
+        # Around the ties and around the middles between a tie and its neighbours, in float64; and in between.
+        half = np.spacing(np.abs(ties).astype(np.float32)).astype(np.float64) / 2
+        middle = np.concatenate([ties, ties + half, ties - half, ties - half / 2]) * np.float64(scale)
+        near = middle.astype(np.float32).view(np.int32)[:, None] + np.arange(-20, 21, dtype=np.int32)
+        x = np.concatenate(
+            [near.view(np.float32).ravel(), scale * np.linspace(lo, hi, 997, dtype=np.float32)]
+        )
+        x = np.concatenate([x, [first, last]])
+        x = x[(first <= x) & (x <= last)]
+        got, want = np.rint(_elements.quotient(x, scale, inverse)), np.rint(x / scale)
+        assert (got == want).all() and got.min() >= lo and got.max() <= hi, (scale, lo, hi)
+    assert served > 500
+
+
+def test_the_division_stays_where_multiplications_are_not_proven():
+    for scale in (math.nan, math.inf, 2.0**101, 2.0**-101):
+        assert not _elements.reciprocal(scale, -8, 7)[3]
+    assert not _elements.reciprocal(0.7, 0, 2**16)[3]
+    for rest, serves in ((0, True), (1, False), (8, False), (9, True), (-9, True), (-8, False), (-1, False)):
+        scale = ((1 << 23) + (5 << 20) + rest) * 2.0**-23
+        assert _elements.reciprocal(scale, -8, 7)[3] == serves, rest

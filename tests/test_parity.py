@@ -62,11 +62,44 @@ def test_every_half_number(dtype, scale):
             )
 
 
-def test_bfloat16_without_the_processor_s_instruction():
-    names = "native and bfloat16 and fake_quantize or every_half_number"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_next_to_a_tie_or_an_end(dtype, bits):
+    """Values next to a tie or an end, each alone in a row of its own, where its term of the sum cannot hide."""
+    random = torch.Generator().manual_seed(bits)
+    quant_min, quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    for scale in [0.25, 2.5 / 7, *(10 ** (torch.rand(6, generator=random) * 6 - 3)).tolist()]:
+        s = torch.tensor([scale])
+        at = (torch.arange(2 * quant_min - 3, 2 * quant_max + 4) / 2 * s).view(torch.int32)
+        near = (at[:, None] + torch.arange(-9, 10, dtype=torch.int32)).view(torch.float32).reshape(-1)
+        near = near[near.isfinite()]
+        x = (0.2 * s).expand(len(near), 128).clone()
+        x[torch.arange(len(near)), torch.randint(0, 128, near.shape, generator=random)] = near
+        x = x.to(dtype)
+        grad = torch.randn(x.shape, generator=random).to(dtype)
+        forward = (x, s, None, None, -1, quant_min, quant_max, 0, 0.0, 0.0, None, 0, None, None)
+        backward = (grad, *forward[:7], 1.0, False, 0.0, 0, 0.0, 0.0, None, 0)
+        assert torch.equal(torch.ops.qkernels.fake_quantize(*forward), reference.fake_quantize(*forward))
+        got, want = (
+            torch.ops.qkernels.fake_quantize_backward(*backward),
+            reference.fake_quantize_backward(*backward),
+        )
+        assert torch.equal(got[0], want[0])
+        # A wrong level changes a term by the gradient; a row holds one doubtful term.
+        rows = torch.ones(len(near)) * s
+        by_row = (grad, x, rows, None, None, 0, *backward[6:])
+        got, want = (
+            f(*by_row)[1]
+            for f in (torch.ops.qkernels.fake_quantize_backward, reference.fake_quantize_backward)
+        )
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("off", ["QKERNELS_AVX512", "QKERNELS_BFLOAT16"])
+def test_without_the_processor_s_instructions(off):
+    names = "native and fake_quantize or every_half_number or next_to_a_tie"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
-    environment = {**os.environ, "QKERNELS_BFLOAT16": "0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, off: "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

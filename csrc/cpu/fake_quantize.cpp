@@ -1,5 +1,6 @@
 // fake_quantize on the CPU: one pass, x in, y out.
 #include "cpu/arguments.h"
+#include "cpu/multiplied.h"
 
 namespace qk {
 namespace {
@@ -23,7 +24,7 @@ QK_HD void forward(const S* x, S* __restrict y, const Compute<S>* n, int64_t cou
 }
 
 // What a thread does with its units, and how its results are rounded. Without noise and offset a result is x's or the
-// scale's NaN or a level times a normal scale: its bits are clean and it is not subnormal.
+// scale's NaN or a level times a normal scale: its bits are clean.
 template <int64_t kind, Rounding rounding, class S>
 struct Forward {
   static constexpr bool centred = rounding != Rounding::kAnyBits;
@@ -49,9 +50,12 @@ struct Forward {
     const int64_t step = kind == kPlain ? kBlock : kTile;
     for (int64_t unit = first; unit < last; ++unit) {
       const int64_t run = unit / walk.parts, part = unit % walk.parts;
-      const int64_t begin = run * walk.inner + part * kBlock;
+      int64_t begin = run * walk.inner + part * kBlock;
       const int64_t end = std::min(begin + kBlock, (run + 1) * walk.inner);
       const OneGrid<Compute<S>> grids{rows.grid(run % walk.rows)};
+      if constexpr (centred && std::is_same_v<Compute<S>, float>) {
+        begin += fake_quantize_multiplied(x + begin, y + begin, end - begin, grids.grid);
+      }
       for (int64_t i = begin; i < end; i += step) stretch(i, std::min(step, end - i), grids, noise);
     }
   }
@@ -77,23 +81,6 @@ QK_CLONES void fake_quantize_units(const Work& work, int64_t first, int64_t last
   columns ? work.columns(first, last) : work.runs(first, last);
 }
 
-#ifdef QK_BFLOAT16
-template <bool columns, class Work>
-QK_BFLOAT16 void fake_quantize_units_bfloat16(const Work& work, int64_t first, int64_t last) {
-  columns ? work.columns(first, last) : work.runs(first, last);
-}
-#endif
-
-template <Rounding rounding, class Work>
-auto loop_of(bool columns) {
-#ifdef QK_BFLOAT16
-  if constexpr (rounding == Rounding::kHardware) {
-    return columns ? fake_quantize_units_bfloat16<true, Work> : fake_quantize_units_bfloat16<false, Work>;
-  } else
-#endif
-    return columns ? fake_quantize_units<true, Work> : fake_quantize_units<false, Work>;
-}
-
 Tensor fake_quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset,
                          const MaybeTensor& zero_point, int64_t axis, int64_t quant_min, int64_t quant_max,
                          int64_t noise, double a, double b, const MaybeTensor& seed, int64_t stream,
@@ -110,7 +97,7 @@ Tensor fake_quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTenso
     const auto run = [&](auto kind, auto rounding) {
       using Work = Forward<decltype(kind)::value, decltype(rounding)::value, S>;
       const Work work{walk, rows.rows, in, out, drawn.variates<S>(), float(drawn.a), float(drawn.b)};
-      const auto loop = loop_of<decltype(rounding)::value, Work>(walk.columns);
+      const auto loop = walk.columns ? fake_quantize_units<true, Work> : fake_quantize_units<false, Work>;
       torch::stable::parallel_for(0, walk.units(), walk.grain(),
                                   [&](int64_t first, int64_t last) { loop(work, first, last); });
     };
@@ -118,13 +105,7 @@ Tensor fake_quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTenso
     if (drawn.kind != kPlain || offset) {
       return with_kind<kForwardKinds>(drawn.kind, [&](auto kind) { run(kind, any); });
     }
-    constexpr std::integral_constant<int64_t, kPlain> plain;
-#ifdef QK_BFLOAT16
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      if (has_bfloat16()) return run(plain, std::integral_constant<Rounding, Rounding::kHardware>());
-    }
-#endif
-    run(plain, std::integral_constant<Rounding, Rounding::kCleanBits>());
+    run(std::integral_constant<int64_t, kPlain>(), std::integral_constant<Rounding, Rounding::kCleanBits>());
   });
   return y;
 }

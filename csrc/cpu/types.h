@@ -10,8 +10,6 @@
 #define QK_X86_CLONES 1
 // One body per instruction set, chosen when the library is loaded: one wheel, no -march, full speed.
 #define QK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-// One more body for processors that round to bfloat16 in an instruction; has_bfloat16() says whether it may be called.
-#define QK_BFLOAT16 __attribute__((target("arch=x86-64-v4,avx512bf16")))
 // The compiler's own header trips this warning when inlined.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -73,12 +71,9 @@ QK_HD Half store<Half>(float x) {
 // How a block of results becomes S. What is known of the results spares bfloat16 most of the work.
 //   kAnyBits     nothing
 //   kCleanBits   no NaN has a bit set below S's
-//   kHardware    nor is a result subnormal: the processor's own instruction, in a QK_BFLOAT16 function only
 //   kExact       every result is a value of S
-enum class Rounding { kAnyBits, kCleanBits, kHardware, kExact };
+enum class Rounding { kAnyBits, kCleanBits, kExact };
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wpsabi"  // a vector is passed to no function here
 template <Rounding rounding, int64_t count, class S>
 QK_HD void store_block(const decltype(load(S()))* from, S* to) {
   constexpr bool bfloat16 = std::is_same_v<S, BFloat16>;
@@ -86,35 +81,9 @@ QK_HD void store_block(const decltype(load(S()))* from, S* to) {
     for (int64_t j = 0; j < count; ++j) to[j] = {uint16_t(float_to_bits(from[j]) >> 16)};
   } else if constexpr (bfloat16 && rounding == Rounding::kCleanBits) {
     for (int64_t j = 0; j < count; ++j) to[j] = {uint16_t(rounded_half(float_to_bits(from[j])))};
-#ifdef QK_BFLOAT16
-  } else if constexpr (bfloat16 && rounding == Rounding::kHardware) {
-    typedef float Floats __attribute__((vector_size(64), aligned(4)));
-    static_assert(count % 32 == 0);
-    for (int64_t j = 0; j < count; j += 32) {
-      const auto low = *reinterpret_cast<const Floats*>(from + j),
-                 high = *reinterpret_cast<const Floats*>(from + j + 16);
-      const auto rounded = __builtin_ia32_cvtne2ps2bf16_v32hi(high, low);
-      __builtin_memcpy(to + j, &rounded, 64);
-    }
-#endif
   } else {
     for (int64_t j = 0; j < count; ++j) to[j] = store<S>(from[j]);
   }
-}
-#pragma GCC diagnostic pop
-
-// QKERNELS_BFLOAT16=0 takes the other processors' path, for a test on this one.
-inline bool has_bfloat16() {
-#ifdef QK_BFLOAT16
-  static const bool has = [] {
-    const char* wanted = std::getenv("QKERNELS_BFLOAT16");
-    return !(wanted && *wanted == '0') && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  }();
-  return has;
-#else
-  return false;
-#endif
 }
 
 // Ask for what is read, or written, 4 KB further on: the hardware's own prefetch stops at every page, and with two or
