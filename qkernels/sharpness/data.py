@@ -1,9 +1,15 @@
 """The images a measure is taken on: the same ones, in the same batches, at every pass."""
 
+import math
+
 import torch
 
 _IN_MEMORY = 2 << 30  # bytes
 _FIRST = 32  # images of the first of the growing batches
+_FIRST_SHARE = 16  # at least so many of each copy's
+# Numbers of a batch on the CPU, and of the first one: with fewer, calls of layers cost more than their arithmetic; with
+# more, activations leave the caches (resnet20, 8x8 and 32x32 images: up to 1.5x a pass).
+_NUMBERS, _FIRST_NUMBERS = 1 << 18, 1 << 12
 
 
 class Data:
@@ -33,19 +39,15 @@ class Data:
             raise ValueError("loader gave no batch")
         self.size = sum(len(target) for target in self.targets)
         same_shape = self.kept is not None and len({x.shape[1:] for x, _ in self.kept}) == 1
-        self.shuffled, self.growing = seed is not None and same_shape, None
+        self.shuffled = seed is not None and same_shape
         if self.shuffled:
-            self._rearrange(seed)
-
-    def _rearrange(self, seed):
-        x, target = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).to(x.device)
-        x, target, most = x[order], target[order], len(self.targets[0])
-        self.kept = list(zip(x.split(most), target.split(most), strict=True))
-        sizes = []
-        while sum(sizes) < self.size:
-            sizes.append(min(max(sum(sizes), _FIRST), most, self.size - sum(sizes)))
-        self.growing = list(zip(x.split(sizes), target.split(sizes), strict=True))
+            x, target = (torch.cat(parts) for parts in zip(*self.kept, strict=True))
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).to(x.device)
+            self.whole, most = (x[order], target[order]), len(self.targets[0])
+            self.kept = list(zip(*(t.split(most) for t in self.whole), strict=True))
+            numbers = max(self.whole[0][0].numel(), 1)
+            self.most = most if self.whole[0].is_cuda else max(_NUMBERS // numbers, _FIRST_SHARE)
+            self.first = max(_FIRST_NUMBERS // numbers, _FIRST_SHARE)
 
     def _read(self):
         for i, batch in enumerate(self.loader):
@@ -66,5 +68,38 @@ class Data:
             yield batch
 
     def samples(self):
-        """The batches for a mean that may be decided early: of rearranged images, small ones first."""
-        return self if self.growing is None else self.growing
+        """(index, x, target) of batches for means that may be decided early: of rearranged images, small ones first."""
+        sizes = self._growing(self.size, _FIRST) if self.shuffled else None
+        start = 0
+        for x, target in zip(*(t.split(sizes) for t in self.whole)) if sizes else self:
+            yield torch.arange(start, start + len(target), device=self.device), x, target
+            start += len(target)
+
+    def shares(self, num):
+        """(index, x, target), each (num, images), until every image has come once in every row.
+
+        First each row has a share of the rearranged images of its own, in growing parts; then the shares move on
+        by one row, and so on.
+        """
+        x, target = self.whole
+        width = self.size // num
+        index = torch.arange(self.size, device=self.device)
+        shares, rest = index[: num * width].view(num, width), index[num * width :]
+        turns = [shares.roll(-turn, 0) for turn in range(num if width else 0)]
+        parts = [*turns[0].split(self._growing(width, self.first), 1)] if turns else []
+        done = 1
+        while done < len(turns):
+            together = max(min(done // 2, self.most // width), 1)
+            block = torch.cat(turns[done : done + together], 1)
+            parts += block.chunk(math.ceil(block.shape[1] / self.most), 1)
+            done += together
+        for part in [*parts, rest.expand(num, -1)] if len(rest) else parts:
+            yield part, x[part], target[part]
+
+    def _growing(self, size, first):
+        """Sizes of parts, half as large as all before but at most a tenth of the whole: each may be the last."""
+        sizes = []
+        while sum(sizes) < size:
+            most = min(self.most, max(size // 10, first), size - sum(sizes))
+            sizes.append(min(max(sum(sizes) // 2, first), most))
+        return sizes

@@ -42,7 +42,7 @@ class Scores:
     def unperturbed(cls, data, copies):
         """{"accuracy": Scores, "loss": Scores} of one copy, from one pass."""
         parts = {"accuracy": [], "loss": []}
-        for x, target in data.samples():
+        for _, x, target in data.samples():
             logits = copies.logits(x)
             for name, found in parts.items():
                 found.append(_scores(name, logits, target)[0])
@@ -53,57 +53,58 @@ class Scores:
     def of(self, logits, target):
         return _scores(self.target, logits, target)
 
-    def displacement(self, scores, start):
-        base = self.base[start : start + scores.shape[1]]
-        return base - scores if self.target == "accuracy" else scores - base
+    def displacement(self, scores, index):
+        """Of these images, (images,) for all copies or (copies, images)."""
+        return self.base[index] - scores if self.target == "accuracy" else scores - self.base[index]
 
-    def rest(self, seen):
-        """Bounds on the sum of one copy's displacements over the images not yet seen."""
-        base = self.base[seen:]
-        total = base.sum().item()
-        return (total - len(base), total) if self.target == "accuracy" else (-total, math.inf)
+    def limits(self):
+        """What a displacement of each image can be."""
+        lowest = self.base - 1.0 if self.target == "accuracy" else -self.base
+        highest = self.base if self.target == "accuracy" else torch.full_like(self.base, math.inf)
+        return lowest, highest
 
 
 def _scores(name, logits, target):
     """(copies, images), float64; a cross-entropy that is not a number counts as infinite."""
     if name == "accuracy":
         return (logits.argmax(2) == target).double()
-    flat = F.cross_entropy(logits.flatten(0, 1).float(), target.repeat(len(logits)), reduction="none")
+    target = target.expand(logits.shape[:2]).flatten()
+    flat = F.cross_entropy(logits.flatten(0, 1).float(), target, reduction="none")
     return flat.view(logits.shape[:2]).double().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 class Regression:
-    """The mean over all images, from those seen: least squares on what is known of every image.
+    """The mean over all images (and copies), from those seen: least squares on what is known of every image.
 
-    y = b0 + b . z, z standardised columns, with a ridge of one image. known: float64 (images, k). The
-    images come in random order.
+    y = b0 + b . z, z standardised columns, with a ridge of one image. known: float64 (images, k). times: how
+    often each image is to be seen. The images come in random order.
     """
 
-    def __init__(self, known):
+    def __init__(self, known, times=1):
         z = known - known.mean(0)
         z = z / z.square().mean(0).sqrt().clamp_min(1e-12)
         self.z = torch.cat([z.new_ones(len(z), 1), z], 1)
-        self.total, self.seen = self.z.sum(0), 0
+        self.total, self.size, self.seen = self.z.sum(0) * times, len(z) * times, 0
         self.gram = torch.eye(self.z.shape[1], dtype=z.dtype, device=z.device)
         self.gram[0, 0] = 0.0
         self.cross = self.squares = 0.0
 
-    def add(self, y):
-        """The next images' values, (rows, images)."""
-        z = self.z[self.seen : self.seen + y.shape[1]]
+    def add(self, y, index):
+        """Values of images, (rows, len(index))."""
+        z = self.z[index]
         self.gram += z.T @ z
         self.cross, self.squares = self.cross + z.T @ y.T, self.squares + y.square().sum(1)
         self.seen += y.shape[1]
 
     def mean(self):
-        """(mean over all images, its variance), per row."""
-        rest = len(self.z) - self.seen
+        """(mean, its variance), per row."""
+        rest = self.size - self.seen
         inverse = torch.linalg.inv(self.gram)
         slope, ahead = inverse @ self.cross, (self.total - self.gram[0]) / rest
         # Two images' worth of unseen variance keep a run of equal images from looking certain.
         errors = (self.squares - (slope * self.cross).sum(0) + 2) / (self.seen - len(slope))
-        spread = (rest / len(self.z)) ** 2 * (1 / rest + ahead @ inverse @ ahead)
-        return (self.cross[0] + rest * (ahead @ slope)) / len(self.z), errors * spread
+        spread = (rest / self.size) ** 2 * (1 / rest + ahead @ inverse @ ahead)
+        return (self.cross[0] + rest * (ahead @ slope)) / self.size, errors * spread
 
 
 class Rule:
@@ -112,6 +113,9 @@ class Rule:
     worst: the displacement of the worst copy instead of the mean over copies. confidence: standard errors
     (``Regression``) that decide a step early; None decides only what is certain. A rule serves one search: the
     last complete step's displacements say most about those at the next size, which has the same draws.
+
+    For the mean over copies each copy first sees a share of the images of its own, then the next copy's share, and
+    so on. Most of what displacements vary by is the image: once each has been seen by one copy, the rest is small.
     """
 
     def __init__(self, target, tolerance, worst=False, confidence=4.0):
@@ -122,6 +126,8 @@ class Rule:
     def interval(self, low, high):
         """What every displacement in the interval is, or None; they are absolute, as in the published code."""
         least, most = max(low, -high, 0.0), max(abs(low), abs(high))
+        if least > self.low and most < self.high:
+            return "within"
         return "above" if least > self.high else "below" if most < self.low else None
 
     def point(self, displacement):
@@ -130,51 +136,73 @@ class Rule:
 
     def evaluate(self, copies, scores, counter):
         """The Step (without its size) of these copies."""
-        data, seen = scores.data, 0
-        regression = Regression(
-            scores.known if self.complete is None else torch.cat([scores.known, self.complete], 1)
-        )
-        columns, sums, each = None, 0.0, []
-        for x, target in data.samples():
-            d = scores.displacement(scores.of(copies.logits(x), target), seen)
-            columns = d.sum(1) if columns is None else columns + d.sum(1)
-            each.append(d.mean(0))
-            grouped = d if self.worst else each[-1][None]
-            sums = sums + grouped.sum(1)
-            regression.add(grouped)
-            seen += d.shape[1]
+        data, num = scores.data, copies.num
+        known = scores.known if self.complete is None else torch.cat([scores.known, self.complete], 1)
+        shared = data.shuffled and self.confidence is not None and not self.worst
+        regression = Regression(known, num if shared else 1)
+        found = scores.base.new_full((num, data.size), math.nan)
+        for index, x, target in data.shares(num) if shared else data.samples():
+            d = scores.displacement(scores.of(copies.logits(x, own=shared), target), index)
+            found.scatter_(1, index.expand(num, -1), d)
+            if shared:
+                regression.add(d.reshape(1, -1), index.flatten())
+            else:
+                regression.add(d if self.worst else d.mean(0)[None], index)
             counter.forward(d.numel())
-            if seen == data.size:
-                break
-            decided = self._early(sums, regression, data, scores)
+            decided = self._early(found, regression, scores)
             if decided is not None:
-                return self._step(columns, seen, *decided)
-        complete = torch.cat(each)[:, None]
+                return self._step(found, *decided)
+        complete = found.mean(0)[:, None]
         if complete.isfinite().all():
             self.complete = complete
-        mean = (sums.max() / seen).item()
-        return self._step(columns, seen, "complete", self.point(mean))
+        return self._step(found, "complete", self.point(self._over(found.mean(1))))
 
-    def _early(self, sums, regression, data, scores):
-        rest = scores.rest(regression.seen)
-        low = ((sums + rest[0]) / data.size).max().item()
-        high = ((sums + rest[1]) / data.size).max().item()
+    def _over(self, each):
+        return (each.max() if self.worst else each.mean()).item()
+
+    def _early(self, found, regression, scores):
+        if regression.seen == regression.size:
+            return None
+        least, most = (torch.where(found.isnan(), limit, found).mean(1) for limit in scores.limits())
+        low, high = self._over(least), self._over(most)
         verdict = self.interval(low, high)
         if verdict is not None:
             return "bounds", verdict
-        if self.confidence is None or not data.shuffled or regression.seen < MIN_SEEN:
+        if self.confidence is None or not scores.data.shuffled or regression.seen < MIN_SEEN:
             return None
         mean, variance = regression.mean()
+        if not self.worst:
+            mean, variance = min((mean, variance), _balanced(found), key=lambda estimate: estimate[1])
         reach = self.confidence * variance.sqrt()
         low, high = max(low, (mean - reach).max().item()), min(high, (mean + reach).max().item())
         verdict = self.interval(low, high) if low <= high else None
         return None if verdict is None else ("confidence", verdict)
 
-    def _step(self, columns, seen, decided, verdict):
-        each = columns / seen
-        shown = each.max() if self.worst else each.mean()
+    def _step(self, found, decided, verdict):
+        each = found.nanmean(1)
         stderr = None if self.worst or len(each) < 2 else (each.std() / len(each) ** 0.5).item()
-        return Step(0.0, shown.item(), stderr, seen, decided, verdict)
+        seen = (~found.isnan()).sum().item() // len(found)
+        return Step(0.0, self._over(each), stderr, seen, decided, verdict)
+
+
+def _balanced(found):
+    """(mean, its variance) where all but a few images have been seen by equally many copies, two or more.
+
+    What images differ by is then known, and the variance is that of the copies within an image.
+    """
+    num, size = found.shape
+    times = (~found.isnan()).sum(0)
+    seen = times == times.max()
+    covered, often = seen.sum().item(), times.max().item()
+    if often < 2 or times.sum() != covered * often or covered <= size - num:
+        return math.nan, math.inf
+    within = found[:, seen]
+    mean = within.nanmean(0)
+    if not mean.isfinite().all():
+        return math.nan, math.inf
+    errors = ((within - mean).square().nansum() + 2) / (covered * (often - 1))
+    rest = (mean.var() + errors) * (size - covered) / size**2
+    return mean.mean()[None], (errors / (covered * often) * (1 - often / num) + rest)[None]
 
 
 def bisect(evaluate, iterations, upper, progress=None):

@@ -1,7 +1,6 @@
 """What is perturbed: the weights of a model, and the model evaluated at other values of them without being touched."""
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -11,8 +10,6 @@ from .. import nn as qnn
 from ..convert import quantizers
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
-
-_SHARED = 1 << 16  # numbers of a batch; for smaller ones threads wait for Python more than for layers
 
 
 class Subject:
@@ -36,7 +33,7 @@ class Subject:
         check_choice("weights", weights, ("latent", "quantized"))
         check_choice("parameters", parameters, ("weights", "all"))
         self.weights, self.parameters = weights, parameters
-        self.model, self._shadows = _shadow(model), []
+        self.model = _shadow(model)
         quantizer_of = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, qnn._Quantized) and layer.weight_quantizer is not None:
@@ -69,13 +66,8 @@ class Subject:
         """The tensors the network multiplies with, by name, where its weights have these values."""
         return {name: values[i] if q is None else q(values[i]) for i, name, q in self.uses}
 
-    def logits(self, effective, x, model=None):
-        return functional_call(self.model if model is None else model, effective, (x,), tie_weights=False)
-
-    def shadows(self, num):
-        """Structures of the model that share its storage, one per thread: a functional call exchanges parameters."""
-        self._shadows += [_shadow(self.model) for _ in range(num - len(self._shadows))]
-        return self._shadows[:num]
+    def logits(self, effective, x):
+        return functional_call(self.model, effective, (x,), tie_weights=False)
 
     def leaves(self, values=None):
         """Copies of the values that autograd differentiates with respect to."""
@@ -124,13 +116,12 @@ class Copies:
     """Perturbed models, evaluated batch by batch: one functional call per copy, or all in one under vmap.
 
     how: "loop", "vmap", or "auto": the loop on the CPU (1.3 to 1.8 times faster than vmap for ten copies of a
-    small convolutional net, resnet20 and vit_tiny), vmap on CUDA, where small nets wait for launches. On the
-    CPU the loop shares the copies between threads, so that they do not wait for one another in every layer.
+    small convolutional net, resnet20 and vit_tiny), vmap on CUDA, where small nets wait for launches.
     """
 
     def __init__(self, subject, copies, how="auto"):
         check_choice("how", how, ("auto", "loop", "vmap"))
-        self.subject = subject
+        self.subject, self.num = subject, len(copies)
         self.how = ("vmap" if subject.device.type == "cuda" else "loop") if how == "auto" else how
         with torch.no_grad():  # weights are quantized once per copy, not once per batch
             self.effective = [subject.effective(values) for values in copies]
@@ -139,35 +130,12 @@ class Copies:
             self.effective = {name: torch.stack([e[name] for e in self.effective]) for name in first}
 
     @torch.no_grad()
-    def logits(self, x):
-        """(copies, images, classes)."""
+    def logits(self, x, own=False):
+        """(copies, images, classes); own: copy k sees images x[k], not all the same x."""
         if self.how == "vmap":
-            return torch.func.vmap(self.subject.logits, in_dims=(0, None))(self.effective, x)
-        # Autocast belongs to a thread.
-        alone = x.is_cuda or x.numel() < _SHARED or torch.is_autocast_enabled("cpu")
-        threads = 1 if alone else torch.get_num_threads()
-        workers = min(threads, len(self.effective))
-        if workers == 1:
-            return torch.stack([self.subject.logits(e, x) for e in self.effective])
-        return torch.stack(self._shared(x, workers, threads))
-
-    def _shared(self, x, workers, threads):
-        """The logits of each copy; worker i evaluates every ``workers``-th copy, with its share of the threads."""
-        models, found = self.subject.shadows(workers), [None] * len(self.effective)
-
-        @torch.no_grad()
-        def work(i):
-            for k in range(i, len(found), workers):
-                found[k] = self.subject.logits(self.effective[k], x, models[i])
-
-        try:
-            with ThreadPoolExecutor(
-                workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
-            ) as pool:
-                list(pool.map(work, range(workers)))
-        finally:
-            torch.set_num_threads(threads)  # what a thread sets is also the number of threads born later
-        return found
+            return torch.func.vmap(self.subject.logits, in_dims=(0, 0 if own else None))(self.effective, x)
+        each = x if own else [x] * self.num
+        return torch.stack([self.subject.logits(e, x) for e, x in zip(self.effective, each, strict=True)])
 
 
 def check_choice(name, value, accepted):
