@@ -91,6 +91,8 @@ def apply_function(function: type[torch.autograd.Function]):
         return function.apply
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return getattr(function, "forward_mode", function).apply
+    if not torch.is_grad_enabled():
+        return function.forward
     return super(torch.autograd.Function, function).apply
 
 
