@@ -95,6 +95,22 @@ def test_next_to_a_tie_or_an_end(dtype, bits):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_outputs_larger_than_the_caches(dtype, rows):
+    """They may be written past the caches; rows of an odd length begin anywhere in a line."""
+    random = torch.Generator().manual_seed(rows)
+    x, grad = (torch.randn(rows, 4_300_001 // rows | 1, generator=random).to(dtype) for _ in range(2))
+    s = 0.1 + torch.rand(rows, generator=random)
+    forward = (x, s, None, None, 0, -8, 7, 0, 0.0, 0.0, None, 0, None, None)
+    backward = (grad, *forward[:7], 1.0, False, 0.0, 0, 0.0, 0.0, None, 0)
+    assert torch.equal(torch.ops.qkernels.fake_quantize(*forward), reference.fake_quantize(*forward))
+    got, want = (
+        f(*backward) for f in (torch.ops.qkernels.fake_quantize_backward, reference.fake_quantize_backward)
+    )
+    assert torch.equal(got[0], want[0]) and torch.allclose(got[1], want[1], rtol=1e-3)
+
+
 @pytest.mark.parametrize("off", ["QKERNELS_AVX512", "QKERNELS_BFLOAT16"])
 def test_without_the_processor_s_instructions(off):
     names = "native and fake_quantize or every_half_number or next_to_a_tie"

@@ -54,7 +54,7 @@ struct Forward {
       const int64_t end = std::min(begin + kBlock, (run + 1) * walk.inner);
       const OneGrid<Compute<S>> grids{rows.grid(run % walk.rows)};
       if constexpr (centred && std::is_same_v<Compute<S>, float>) {
-        begin += fake_quantize_multiplied(x + begin, y + begin, end - begin, grids.grid);
+        begin += fake_quantize_multiplied(x + begin, y + begin, end - begin, walk.numel, grids.grid);
       }
       for (int64_t i = begin; i < end; i += step) stretch(i, std::min(step, end - i), grids, noise);
     }

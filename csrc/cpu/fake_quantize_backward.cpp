@@ -69,7 +69,8 @@ QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<
     C dscale[kLanes] = {}, doffset[kLanes] = {};
     const int64_t step = kind == kPlain ? kBlock : kTile;
     if constexpr (common && std::is_same_v<C, float>) {
-      begin += fake_quantize_backward_multiplied(grad + begin, x + begin, dx + begin, end - begin, grids.grid, dscale);
+      begin += fake_quantize_backward_multiplied(grad + begin, x + begin, dx + begin, end - begin, walk.numel,
+                                                 grids.grid, dscale);
     }
     for (int64_t i = begin; i < end; i += step) {
       const int64_t count = std::min(step, end - i);
