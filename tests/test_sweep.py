@@ -89,6 +89,18 @@ def test_qgens_grid_has_3_to_the_5_cells_at_four_precisions():
     assert make_config(**first)["method"] == "" and make_config(**cells[1].arguments)["method"] == "lsq"
 
 
+def test_qgens_settings_on_digits():
+    small, whole = load_grid("qgen_digits")["cells"], load_grid("qgen")["cells"]
+    assert len(small) == 27 * 4
+
+    def settings(cells):
+        return {
+            tuple(cell.arguments[key] for key in ("optimizer", "lr", "weight_decay")) for cell, _ in cells
+        }
+
+    assert settings(small) == settings(whole)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
