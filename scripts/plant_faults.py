@@ -53,7 +53,7 @@ FAULTS = (
     Fault("nine rounds of Philox", "noise.h", "round < 10", "round < 9"),
     Fault("sine and cosine exchanged", "noise.h", "return {r * turn.second, r * turn.first};",
           "return {r * turn.first, r * turn.second};"),
-    Fault("tempering without its root", "noise.h", "sqrtf(near ? d : 0.0f)", "(near ? d : 0.0f)"),
+    Fault("tempering without its root", "noise.h", "* sqrtf(near);", "* near;"),
     Fault("no sign extension", "pack.h", "is_signed && (field >> (bits - 1)) ? field | ~mask : field", "field"),
 )  # fmt: skip
 

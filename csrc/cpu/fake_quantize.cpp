@@ -5,6 +5,23 @@
 namespace qk {
 namespace {
 
+constexpr int64_t kTempered = 128;
+
+// Noise tempering on kTempered elements in three loops: in a single one the processor waits for its long chain of
+// operations, a third of the pass.
+template <class S, class Grid>
+QK_HD void temper(const S* x, const Compute<S>* n, const Grid& grids, float a, float b, Compute<S>* __restrict y) {
+  using C = Compute<S>;
+  float error[kTempered], factor[kTempered];
+  for (int64_t j = 0; j < kTempered; ++j) {
+    const C value = load(x[j]);
+    y[j] = fake_quantize<kPlain>(value, grids[j], C(0), a, b);
+    error[j] = near_error(float(y[j] < value ? value - y[j] : y[j] - value), b);
+  }
+  for (int64_t j = 0; j < kTempered; ++j) factor[j] = decay(error[j], a, b);
+  for (int64_t j = 0; j < kTempered; ++j) y[j] = y[j] + C(factor[j] * sqrtf(error[j])) * n[j];
+}
+
 template <int64_t kind, Rounding rounding, class S, class Grids>
 QK_HD void forward(const S* x, S* __restrict y, const Compute<S>* n, int64_t count, const Grids& grids, float a,
                    float b) {
@@ -13,6 +30,15 @@ QK_HD void forward(const S* x, S* __restrict y, const Compute<S>* n, int64_t cou
     return fake_quantize<math_kind(kind)>(load(x[j]), grids[j], kind == kPlain ? C(0) : n[j], a, b);
   };
   int64_t begin = 0;
+  if constexpr (kind == kTempering && std::is_same_v<Grids, OneGrid<C>>) {
+    for (; begin + kTempered <= count; begin += kTempered) {
+      prefetch<kTempered>(x + begin, false);
+      prefetch<kTempered>(y + begin, true);
+      C block[kTempered];
+      temper(x + begin, n + begin, grids, a, b, block);
+      store_block<rounding, kTempered>(block, y + begin);
+    }
+  }
   for (; begin + kLanes <= count; begin += kLanes) {
     prefetch<kLanes>(x + begin, false);
     prefetch<kLanes>(y + begin, true);

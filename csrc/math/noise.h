@@ -123,12 +123,13 @@ QK_HD bool switched_on(uint64_t seed, uint64_t stream, float p) {
   return uniform(philox(seed, stream, ~uint64_t(0)).w[3]) < p;
 }
 
-// Noise tempering's standard deviation a * exp(-b d) * sqrt(d) at quantization error d; 0 where d is not a number.
+// Noise tempering's standard deviation a * exp(-b d) * sqrt(d) at quantization error d; 0 where d is not a number, or
+// so large that the exponential is.
+QK_HD float near_error(float d, float b) { return b * d < 87.0f ? d : 0.0f; }
+QK_HD float decay(float near, float a, float b) { return a * exp_negative(-(b * near)); }
 QK_HD float tempering(float d, float a, float b) {
-  const float x = b * d;
-  const bool near = x < 87.0f;
-  const float amplitude = a * exp_negative(near ? -x : 0.0f) * sqrtf(near ? d : 0.0f);
-  return amplitude;
+  const float near = near_error(d, b);
+  return decay(near, a, b) * sqrtf(near);
 }
 
 }  // namespace qk
