@@ -137,6 +137,9 @@ def test_search_takes_the_path_of_the_plain_implementation(trained, noise):
                 "within" if abs(displacement - 0.1) < 0.01 else "above" if displacement > 0.1 else "below"
             )
         assert report.searches[name]["stderr"] > 0
+        near = min(path[:-1], key=lambda p: abs(p["size"] - path[-1]["size"]))
+        slope = (near["displacement"] - path[-1]["displacement"]) / (near["size"] - path[-1]["size"])
+        assert report.searches[name]["size_stderr"] == pytest.approx(path[-1]["stderr"] / abs(slope))
     passes = sum(len(s["path"]) for s in report.searches.values()) * 4
     assert report.cost["forward_passes"] < passes
     assert report.cost["backward_passes"] == 0

@@ -35,29 +35,29 @@ def label(row):
 
 
 def read(path):
-    """{"run": {...}, "rows": [...]} as `write` wrote it; ValueError where the file is anything else."""
+    """{"run": facts, "rows": [...]} of a file of `write`; ValueError where the file is anything else."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        result = json.loads(path.read_text())
-        for row in result["rows"]:
+        rows = json.loads(path.read_text())
+        if not isinstance(rows, list):
+            raise ValueError("not a list of rows")
+        for row in rows:
             missing = [name for name in FIELDS if name not in row]
             if missing:
                 raise ValueError(f"a row lacks {missing[0]}")
-        if not isinstance(result["run"], dict):
-            raise ValueError("run is not an object")
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a result of qkernels bench ({error})") from None
-    return result
+    return {"run": {name: rows[0][name] for name in RUN if rows and name in rows[0]}, "rows": rows}
 
 
 def write(path, result):
-    """Replaces the file at once, so that a reader or a crash never meets half of it."""
+    """A list of rows, each with the run-wide facts. Replaces the file at once: nobody ever meets half of it."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    rows = ",\n".join(json.dumps(row, allow_nan=False) for row in result["rows"])
-    partial.write_text(f'{{"run": {json.dumps(result["run"])},\n"rows": [\n{rows}\n]}}\n')
+    rows = ",\n".join(json.dumps({**row, **result["run"]}, allow_nan=False) for row in result["rows"])
+    partial.write_text(f"[\n{rows}\n]\n")
     os.replace(partial, path)
 
 

@@ -251,7 +251,7 @@ def _norm(tensors):
 
 def _size_stderr(found):
     """Standard error of a size: that of the displacement over the slope to the nearest other size of the path."""
-    last, others = found["path"][-1], [p for p in found["path"][:-1] if p["decided"] == "complete"]
+    *others, last = found["path"]
     if last["stderr"] is None or not others:
         return None
     near = min(others, key=lambda p: abs(p["size"] - last["size"]))
