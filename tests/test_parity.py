@@ -73,8 +73,8 @@ def test_next_to_a_tie_or_an_end(dtype, bits):
         at = (torch.arange(2 * quant_min - 3, 2 * quant_max + 4) / 2 * s).view(torch.int32)
         near = (at[:, None] + torch.arange(-9, 10, dtype=torch.int32)).view(torch.float32).reshape(-1)
         near = near[near.isfinite()]
-        x = (0.2 * s).expand(len(near), 128).clone()
-        x[torch.arange(len(near)), torch.randint(0, 128, near.shape, generator=random)] = near
+        x = (0.2 * s).expand(len(near), 256).clone()
+        x[torch.arange(len(near)), torch.randint(0, 256, near.shape, generator=random)] = near
         x = x.to(dtype)
         grad = torch.randn(x.shape, generator=random).to(dtype)
         forward = (x, s, None, None, -1, quant_min, quant_max, 0, 0.0, 0.0, None, 0, None, None)
