@@ -85,6 +85,7 @@ def op(name: str):
 def apply_function(function: type[torch.autograd.Function]):
     """``function.apply``, without its inspection of the signature (most of a small call) where nothing needs it.
 
+    Where no gradient is wanted it is ``function.forward`` itself.
     Transforms and dual numbers get ``function.forward_mode``: torch.compile takes no Function that has a jvp.
     """
     if torch.compiler.is_compiling():

@@ -15,7 +15,8 @@ constexpr int64_t kWorthReciprocal = 256;  // elements for which a row's recipro
 #ifdef QK_X86_CLONES
 
 #define QK_AVX512 __attribute__((target("arch=x86-64-v4")))
-#define QK_AVX512_INLINE inline __attribute__((always_inline, target("arch=x86-64-v4")))
+#define QK_AVX512_LAMBDA __attribute__((always_inline, target("arch=x86-64-v4")))
+#define QK_AVX512_INLINE inline QK_AVX512_LAMBDA
 
 // QKERNELS_AVX512=0 and QKERNELS_BFLOAT16=0 take the other processors' paths, for tests on this one.
 inline bool switched_off(const char* name) {
@@ -33,7 +34,8 @@ inline bool has_bfloat16() {
   return has;
 }
 
-// 32 elements as two vectors. Those of bfloat16 are the even and the odd ones, which is the cheapest to take apart.
+// kMultiplied elements as two vectors. Those of bfloat16 are the even and the odd ones, which is the cheapest to take
+// apart.
 struct Vectors {
   __m512 first, second;
 };
@@ -69,7 +71,7 @@ QK_AVX512_INLINE void store_vectors(Half* to, Vectors v) {
   const __m256i second = _mm512_cvtps_ph(v.second, _MM_FROUND_TO_NEAREST_INT);
   put<streamed>(to, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
 }
-// Rounded where it stands: the result is the upper half of each lane. A NaN needs its lower half to be 0.
+// rounded_half for vectors, where the lanes stand: the result is the upper half of each.
 QK_AVX512_INLINE __m512i rounded_lanes(__m512 x) {
   const __m512i bits = _mm512_castps_si512(x),
                 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -126,14 +128,14 @@ template <bool hardware, bool streamed, class S>
 QK_AVX512_INLINE void forward_loop(const S* x, S* y, int64_t count, Grid<float> grid, Reciprocal by) {
   const Quotient quotient(by.inverse, grid.scale);
   const __m512 first = _mm512_set1_ps(by.first), last = _mm512_set1_ps(by.last), zero = _mm512_setzero_ps();
-  const auto value = [=](__m512 x) __attribute__((always_inline, target("arch=x86-64-v4"))) {
+  const auto value = [=](__m512 x) QK_AVX512_LAMBDA {
     const __m512 q = round_even(quotient(_mm512_min_ps(last, _mm512_max_ps(first, x))));
     return _mm512_fmadd_ps(q, quotient.scale, zero);  // a level of -0 gives +0
   };
 #pragma GCC unroll 2
-  for (int64_t i = 0; i < count; i += 32) {
-    prefetch<32>(x + i, false);
-    if (!streamed) prefetch<32>(y + i, true);
+  for (int64_t i = 0; i < count; i += kMultiplied) {
+    prefetch<kMultiplied>(x + i, false);
+    if (!streamed) prefetch<kMultiplied>(y + i, true);
     const Vectors v = load_vectors(x + i);
     store_vectors<hardware, streamed>(y + i, {value(v.first), value(v.second)});
   }
@@ -145,7 +147,7 @@ QK_AVX512_INLINE void backward_loop(const S* grad, const S* x, S* dx, int64_t co
   const Quotient quotient(by.inverse, grid.scale);
   const __m512 lo = _mm512_set1_ps(grid.lo), hi = _mm512_set1_ps(grid.hi);
   const __m512 first = _mm512_set1_ps(by.first), last = _mm512_set1_ps(by.last);
-  const auto add = [=](__m512& sum, __m512 g, __m512 x) __attribute__((always_inline, target("arch=x86-64-v4"))) {
+  const auto add = [=](__m512& sum, __m512 g, __m512 x) QK_AVX512_LAMBDA {
     const __m512 v = quotient(x), error = _mm512_sub_ps(round_even(v), v);
     const __mmask16 reached = _mm512_cmp_ps_mask(x, first, _CMP_NLT_UQ);
     const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, x, last, _CMP_NGT_UQ);
@@ -155,10 +157,10 @@ QK_AVX512_INLINE void backward_loop(const S* grad, const S* x, S* dx, int64_t co
   };
   Vectors sum = load_vectors(dscale);
 #pragma GCC unroll 2
-  for (int64_t i = 0; i < count; i += 32) {
-    prefetch<32>(grad + i, false);
-    prefetch<32>(x + i, false);
-    if (!streamed) prefetch<32>(dx + i, true);
+  for (int64_t i = 0; i < count; i += kMultiplied) {
+    prefetch<kMultiplied>(grad + i, false);
+    prefetch<kMultiplied>(x + i, false);
+    if (!streamed) prefetch<kMultiplied>(dx + i, true);
     const Vectors g = load_vectors(grad + i), v = load_vectors(x + i);
     const __mmask16 inside = add(sum.first, g.first, v.first);
     store_kept<streamed>(dx + i, grad + i, g, inside, add(sum.second, g.second, v.second));

@@ -190,9 +190,10 @@ def noisy_copies(params, sigma, magnitude, num, seed, noise="std", eps=1e-3):
     if not magnitude:
         return perturb(params, "normal", std=sigma**2, num=num, seed=seed)
     copies = perturb([torch.zeros_like(w) for w in params], "normal", std=1.0, num=num, seed=seed)
+    spreads = [w.square().mul_(sigma**2).add_(eps**2) for w in params]
     for copy in copies:
-        for n, w in zip(copy, params, strict=True):
-            n.mul_(w.square().mul_(sigma**2).add_(eps**2)).add_(w)
+        for n, w, spread in zip(copy, params, spreads, strict=True):
+            n.mul_(spread).add_(w)
     return copies
 
 
