@@ -275,12 +275,40 @@ def test_copies_see_images_of_their_own(trained, how):
         torch.testing.assert_close(got[k], expected[k, first : first + 4], rtol=1e-5, atol=1e-6)
 
 
+class Viewing(nn.Module):
+    """A network that refuses channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(1, 3, 3), nn.Linear(108, 2)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).view(len(x), -1))
+
+
+def test_images_go_to_convolutions_with_their_channels_last_where_the_network_takes_it():
+    x, seen = torch.randn(4, 3, 8, 8), []
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    model[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0].stride()))
+    subject = Subject(model)
+    torch.testing.assert_close(subject.logits(subject.effective(subject.values), x), model(x))
+    assert seen == [(192, 1, 24, 3), (192, 64, 8, 1)]
+    viewing = Viewing().requires_grad_(False)
+    subject = Subject(viewing)
+    for _ in range(2):
+        logits = subject.logits(subject.effective(subject.values), x[:, :1])
+        torch.testing.assert_close(logits, viewing(x[:, :1]))
+    assert not subject.channels_last
+    with pytest.raises(RuntimeError, match="size"):
+        subject.logits(subject.effective(subject.values), x[..., :4])
+
+
 @pytest.mark.parametrize("size, num", [(100, 4), (23, 4), (3, 4), (1000, 10), (7, 1)])
 def test_shares_give_every_image_to_every_copy_once(size, num):
     x, target = torch.arange(size).float().view(size, 1), torch.arange(size)
     data = Data(list(zip(x.split(50), target.split(50), strict=True)), "cpu", seed=0)
     times, first = torch.zeros(num, size, dtype=torch.int64), []
-    for index, images, labels in data.shares(num):
+    for index, images, labels in data.shares(num, lambda: 2 * times.sum().item() // num):
         assert torch.equal(images[..., 0], data.whole[0][index, 0]) and torch.equal(
             labels, data.whole[1][index]
         )

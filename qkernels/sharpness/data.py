@@ -77,26 +77,24 @@ class Data:
             yield torch.arange(start, start + len(target), device=self.device), x, target
             start += len(target)
 
-    def shares(self, num):
+    def shares(self, num, wanted=lambda: 0):
         """(index, x, target), each (num, images), until every image has come once in every row.
 
-        First each row has a share of the rearranged images of its own, in growing parts; then the shares move on
-        by one row, and so on.
+        First each row has a share of the rearranged images of its own, then the shares move on by one row, and so
+        on. ``wanted()``: images of each row after the next part; it ends with a share, but for the first.
         """
         x, target = self.whole
-        width = self.size // num
+        width, done = self.size // num, 0
         index = torch.arange(self.size, device=self.device)
         shares, rest = index[: num * width].view(num, width), index[num * width :]
-        turns = [shares.roll(-turn, 0) for turn in range(num if width else 0)]
-        parts = [*turns[0].split(self._growing(width, self.first), 1)] if turns else []
-        done = 1
-        while done < len(turns):
-            together = max(min(done // 2, self.most // width), 1)
-            block = torch.cat(turns[done : done + together], 1)
-            parts += block.chunk(math.ceil(block.shape[1] / self.most), 1)
-            done += together
-        for part in [*parts, rest.expand(num, -1)] if len(rest) else parts:
-            yield part, x[part], target[part]
+        order = torch.cat([*(shares.roll(-turn, 0) for turn in range(num)), rest.expand(num, -1)], 1)
+        while done < self.size:
+            goal = min(self.first, width) if done == 0 else max(wanted(), done + 1)
+            if 0 < done or width == 0:
+                goal = math.ceil(goal / width) * width if 0 < goal < num * width else self.size
+            for part in order[:, done:goal].split(self.most, 1):
+                yield part, x[part], target[part]
+            done = goal
 
     def _growing(self, size, first):
         """Sizes of parts, half as large as all before but at most a tenth of the whole: each may be the last."""
