@@ -22,6 +22,37 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// Uninitialised memory on the device of x. The dispatcher would cost as much as a small kernel.
+inline Tensor allocate(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       torch::headeronly::IntHeaderOnlyArrayRef strides, ScalarType type) {
+  int32_t device_type, device_index;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &made));
+  return Tensor(made);
+}
+
+// of the shape and strides of the dense x
+inline Tensor allocate_like(const Tensor& x, ScalarType type) { return allocate(x, x.sizes(), x.strides(), type); }
+inline Tensor allocate_like(const Tensor& x) { return allocate_like(x, x.scalar_type()); }
+
+// row-major
+template <size_t dims>
+Tensor allocate(const Tensor& x, const std::array<int64_t, dims>& sizes, ScalarType type) {
+  std::array<int64_t, dims> strides;
+  int64_t stride = 1;
+  for (size_t d = dims; d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  return allocate(x, {sizes.data(), dims}, {strides.data(), dims}, type);
+}
+inline Tensor allocate(const Tensor& x, int64_t count, ScalarType type) {
+  return allocate(x, std::array<int64_t, 1>{count}, type);
+}
+
+inline Tensor row_major(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 // The elements fill one stretch of memory without gaps or overlap, in some order of the dimensions.
 inline bool is_dense(const Tensor& x) {
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -49,7 +80,7 @@ inline Tensor aligned(const Tensor& t, const Tensor& x) {
   }
   STD_TORCH_CHECK(t.dim() == x.dim(), "qkernels: grad and x differ in shape");
   if (same) return t;
-  Tensor copy = torch::stable::empty_like(x);
+  Tensor copy = allocate_like(x);
   torch::stable::copy_(copy, t);
   return copy;
 }
@@ -68,25 +99,13 @@ inline Layout layout_of(const Tensor& x, const Tensor& scale, int64_t axis) {
 
 // x where a flat granularity with several rows asks for logical order
 inline Tensor ordered(const Tensor& x, const Tensor& scale, int64_t axis) {
-  return axis < 0 && scale.numel() > 1 ? torch::stable::contiguous(x) : dense(x);
+  return axis < 0 && scale.numel() > 1 ? row_major(x) : dense(x);
 }
 
 inline Tensor row_values(const Tensor& values, ScalarType type, int64_t rows, const char* name) {
   STD_TORCH_CHECK(values.scalar_type() == type && values.numel() == rows, "qkernels: ", name,
                   " has the wrong dtype or length");
-  return torch::stable::contiguous(values);
-}
-
-// empty_like in another dtype: shape and strides of the dense x
-inline Tensor empty_like_as(const Tensor& x, ScalarType type) {
-  std::array<StableIValue, 6> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(std::optional<ScalarType>(type)),
-                                    torch::stable::detail::from(std::nullopt),
-                                    torch::stable::detail::from(std::nullopt),
-                                    torch::stable::detail::from(std::nullopt),
-                                    torch::stable::detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return row_major(values);
 }
 
 // scale and offset are float32, float64 beside a float64 x

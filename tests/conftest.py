@@ -1,6 +1,8 @@
 """What all tests share: one thread unless a test asks for more, fixed seeds, a count of what cannot run."""
 
+import ctypes
 import signal
+import sys
 
 import pytest
 import torch
@@ -20,11 +22,27 @@ def quiet_machine():
     torch.use_deterministic_algorithms(False)
 
 
+_M_PERTURB, _ALL_ONES = (
+    -6,
+    0x100,
+)  # of mallopt, glibc's malloc.h; new memory holds the complement of the last byte
+
+
 @pytest.fixture
 def poisoned():
-    """New tensors hold NaN (integers: their largest value) until something writes them, the native libraries' too."""
+    """New tensors hold NaN (integers: no likely value) until something writes them, the native libraries' too.
+
+    torch fills what its own calls allocate; with glibc all memory is filled, and so what C++ allocates.
+    """
+    mallopt = ctypes.CDLL(None).mallopt if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_PERTURB, _ALL_ONES)
+        assert torch.empty(15).isnan().all()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
+    yield
+    if mallopt is not None:
+        mallopt(_M_PERTURB, 0)
 
 
 @pytest.fixture

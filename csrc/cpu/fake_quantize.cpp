@@ -112,7 +112,7 @@ Tensor fake_quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTenso
                          int64_t noise, double a, double b, const MaybeTensor& seed, int64_t stream,
                          const MaybeTensor& shift, const MaybeTensor& shift_scale) {
   const Tensor x = ordered(x_, scale, axis);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = allocate_like(x);
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const Drawn drawn(noise, a, b, seed, stream, shift, shift_scale, x);
   with_storage(x.scalar_type(), [&](auto storage) {

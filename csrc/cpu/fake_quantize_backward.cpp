@@ -133,10 +133,10 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(const Tensor& grad
                                                               double b, const MaybeTensor& seed, int64_t stream) {
   const Tensor x = ordered(x_, scale, axis), grad = aligned(grad_, x);
   STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "qkernels: grad and x differ in dtype");
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor dx = allocate_like(x);
   const ScalarType type = compute_type(x.scalar_type());
   const int64_t count = scale.numel(), offsets = offset ? count : 0;
-  Tensor dscale = torch::stable::new_empty(x, {count}, type), doffset = torch::stable::new_empty(x, {offsets}, type);
+  Tensor dscale = allocate(x, count, type), doffset = allocate(x, offsets, type);
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const Drawn drawn(backward_kind(noise), a, b, seed, stream, {}, {}, x);
   const size_t partials = walk.columns ? walk.parts * walk.rows : walk.units();

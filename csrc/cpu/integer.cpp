@@ -48,7 +48,7 @@ QK_CLONES void dequantize_units(const Walk& walk, const Rows<Compute<S>>& rows, 
 Tensor quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
                     int64_t axis, int64_t quant_min, int64_t quant_max) {
   const Tensor x = ordered(x_, scale, axis);
-  Tensor q = empty_like_as(x, quant_max > 127 ? ScalarType::Byte : ScalarType::Char);
+  Tensor q = allocate_like(x, quant_max > 127 ? ScalarType::Byte : ScalarType::Char);
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   with_storage(x.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
@@ -64,7 +64,7 @@ Tensor quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& of
 Tensor dequantize_cpu(const Tensor& q_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
                       int64_t axis, ScalarType dtype) {
   const Tensor q = ordered(q_, scale, axis);
-  Tensor y = empty_like_as(q, dtype);
+  Tensor y = allocate_like(q, dtype);
   const Walk walk(q.numel(), layout_of(q, scale, axis));
   with_storage(dtype, [&](auto storage) {
     using S = decltype(storage);
@@ -82,9 +82,9 @@ Tensor dequantize_cpu(const Tensor& q_, const Tensor& scale, const MaybeTensor& 
 }
 
 Tensor pack_cpu(const Tensor& q_, int64_t bits) {
-  const Tensor q = torch::stable::contiguous(q_);
+  const Tensor q = row_major(q_);
   const int64_t per_byte = 8 / bits, bytes = (q.numel() + per_byte - 1) / per_byte;
-  Tensor p = torch::stable::new_empty(q, {bytes}, ScalarType::Byte);
+  Tensor p = allocate(q, bytes, ScalarType::Byte);
   const uint8_t* in = static_cast<const uint8_t*>(q.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(p.mutable_data_ptr());
   torch::stable::parallel_for(0, bytes, kGrain, [&](int64_t first, int64_t last) {
@@ -96,10 +96,10 @@ Tensor pack_cpu(const Tensor& q_, int64_t bits) {
 }
 
 Tensor unpack_cpu(const Tensor& p_, int64_t bits, int64_t numel, bool is_signed) {
-  const Tensor p = torch::stable::contiguous(p_);
+  const Tensor p = row_major(p_);
   const int64_t per_byte = 8 / bits;
   STD_TORCH_CHECK(p.numel() * per_byte >= numel, "qkernels: p is too short");
-  Tensor q = torch::stable::new_empty(p, {numel}, is_signed ? ScalarType::Char : ScalarType::Byte);
+  Tensor q = allocate(p, numel, is_signed ? ScalarType::Char : ScalarType::Byte);
   const uint8_t* in = static_cast<const uint8_t*>(p.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(q.mutable_data_ptr());
   torch::stable::parallel_for(0, numel, kGrain, [&](int64_t first, int64_t last) {

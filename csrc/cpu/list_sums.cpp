@@ -85,8 +85,8 @@ std::tuple<Tensor, Tensor> multi_norm_cpu(const Tensors& tensors_, const Tensors
   STD_TORCH_CHECK(!tensors_.empty(), "qkernels: tensors is empty");
   const Tensors tensors = dense_all(tensors_), weights = in_order(weights_, tensors, "weights");
   const std::vector<double> each = list_squares(Pieces(tensors), tensors, weights, eta);
-  Tensor norm = torch::stable::new_empty(tensors[0], {1}, ScalarType::Double);
-  Tensor norms = torch::stable::new_empty(tensors[0], {int64_t(each.size())}, ScalarType::Double);
+  Tensor norm = allocate(tensors[0], 1, ScalarType::Double);
+  Tensor norms = allocate(tensors[0], int64_t(each.size()), ScalarType::Double);
   *static_cast<double*>(norm.mutable_data_ptr()) = norm_of(each);
   double* roots = static_cast<double*>(norms.mutable_data_ptr());
   for (size_t t = 0; t < each.size(); ++t) roots[t] = std::sqrt(each[t]);
@@ -107,7 +107,7 @@ Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
       partial[i] = products(x + begin, y + begin, end - begin);
     });
   });
-  Tensor result = torch::stable::new_empty(a[0], {3}, ScalarType::Double);
+  Tensor result = allocate(a[0], 3, ScalarType::Double);
   double* sums = static_cast<double*>(result.mutable_data_ptr());
   std::fill(sums, sums + 3, 0.0);
   for (const Products& p : partial) sums[0] += p.ab, sums[1] += p.aa, sums[2] += p.bb;

@@ -151,8 +151,8 @@ std::tuple<Tensor, Tensor> standardized_distance_cpu(const Tensor& student, cons
   const Pair pair(student, teacher, axis);
   const int64_t rows = pair.layout.rows;
   const double n = pair.count();
-  Tensor distance = torch::stable::new_empty(pair.student, {rows}, compute_type(student.scalar_type()));
-  Tensor moments = torch::stable::new_empty(pair.student, {5, rows}, ScalarType::Double);
+  Tensor distance = allocate(pair.student, rows, compute_type(student.scalar_type()));
+  Tensor moments = allocate(pair.student, std::array<int64_t, 2>{5, rows}, ScalarType::Double);
   const Stretches walk(pair.student.numel(), pair.layout);
   const int64_t width = walk.width();
   std::vector<Moments<double>> partial(walk.turns() * rows * width), sums(rows);
@@ -225,7 +225,7 @@ Tensor standardized_distance_backward_cpu(const Tensor& grad_, const Tensor& stu
   const Tensor moments = row_values(moments_, ScalarType::Double, 5 * rows, "moments");
   const double* m = static_cast<const double*>(moments.const_data_ptr());
   const double each = mean ? 1.0 / pair.count() : 1.0;
-  Tensor ds = torch::stable::empty_like(pair.student);
+  Tensor ds = allocate_like(pair.student);
   const Walk walk(pair.student.numel(), pair.layout);
   with_storage(student.scalar_type(), [&](auto storage) {
     using S = decltype(storage);

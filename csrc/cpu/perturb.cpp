@@ -156,7 +156,7 @@ constexpr std::array<int64_t, 7> kMoves = {kAlong, kAdaptive, kNormal, kMagnitud
 Plan plan_of(const Tensor& coefficients, int64_t move, bool points, const MaybeTensor& seed, int64_t first_copy) {
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2,
                   "qkernels: coefficients must be float64 of shape (copies, 1 to 3)");
-  const Tensor table = torch::stable::contiguous(coefficients);
+  const Tensor table = row_major(coefficients);
   const int64_t copies = table.size(0), width = table.size(1);
   const double* values = static_cast<const double*>(table.const_data_ptr());
   Plan plan{std::vector<MoveNumbers<double>>(copies), 0, first_copy, false};

@@ -57,7 +57,7 @@ Tensor fake_quantize_cuda(const Tensor& x_, const Tensor& scale, const MaybeTens
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
   const NoiseTensors drawn(device, noise, a, b, seed, stream, shift, shift_scale, x);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = allocate_like(x);
   STD_CUDA_CHECK(launch_fake_quantize(walk, type, x.const_data_ptr(), y.mutable_data_ptr(), rows.numbers, drawn.source,
                                       device.stream()));
   return y;
@@ -81,9 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(const Tensor& gra
   const bool added = noise == kTempering || noise == kAfter || noise == kShift;
   const NoiseTensors drawn(device, added ? int64_t(kPlain) : noise, a, b, seed, stream, {}, {}, x);
   const int64_t count = scale.numel(), offsets = offset ? count : 0, partials = sums_of(walk) * (offset ? 2 : 1);
-  Tensor dx = torch::stable::empty_like(x);
-  Tensor dscale = torch::stable::new_empty(x, {count}, type), doffset = torch::stable::new_empty(x, {offsets}, type);
-  Tensor partial = torch::stable::new_empty(x, {partials}, type);
+  Tensor dx = allocate_like(x);
+  Tensor dscale = allocate(x, count, type), doffset = allocate(x, offsets, type);
+  Tensor partial = allocate(x, partials, type);
   STD_CUDA_CHECK(launch_fake_quantize_backward(
       walk, dtype, grad.const_data_ptr(), x.const_data_ptr(), dx.mutable_data_ptr(), rows.numbers, drawn.source,
       {grad_scale, ewgs, clip_only},
@@ -98,7 +98,7 @@ Tensor quantize_cuda(const Tensor& x_, const Tensor& scale, const MaybeTensor& o
   const Dtype type = dtype_of(x.scalar_type(), "x");
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
-  Tensor q = empty_like_as(x, quant_max > 127 ? ScalarType::Byte : ScalarType::Char);
+  Tensor q = allocate_like(x, quant_max > 127 ? ScalarType::Byte : ScalarType::Char);
   STD_CUDA_CHECK(launch_quantize(walk, type, x.const_data_ptr(), static_cast<uint8_t*>(q.mutable_data_ptr()),
                                  rows.numbers, device.stream()));
   return q;
@@ -118,7 +118,7 @@ Tensor dequantize_cuda(const Tensor& q_, const Tensor& scale, const MaybeTensor&
   const Dtype type = dtype_of(dtype, "dtype");
   const Walk walk(q.numel(), layout_of(q, scale, axis));
   const RowTensors rows(device, dtype, scale, offset, zero_point, 0, 0);
-  Tensor y = empty_like_as(q, dtype);
+  Tensor y = allocate_like(q, dtype);
   STD_CUDA_CHECK(launch_dequantize(walk, type, in, q.scalar_type() == ScalarType::Char, y.mutable_data_ptr(),
                                    rows.numbers, device.stream()));
   return y;
@@ -131,20 +131,20 @@ int64_t fields_per_byte(int64_t bits) {
 
 Tensor pack_cuda(const Tensor& q_, int64_t bits) {
   const Device device(q_);
-  const Tensor q = torch::stable::contiguous(q_);
+  const Tensor q = row_major(q_);
   const uint8_t* in = bytes_of(q);
   const int64_t per_byte = fields_per_byte(bits);
-  Tensor p = torch::stable::new_empty(q, {(q.numel() + per_byte - 1) / per_byte}, ScalarType::Byte);
+  Tensor p = allocate(q, (q.numel() + per_byte - 1) / per_byte, ScalarType::Byte);
   STD_CUDA_CHECK(launch_pack(in, q.numel(), int(bits), static_cast<uint8_t*>(p.mutable_data_ptr()), device.stream()));
   return p;
 }
 
 Tensor unpack_cuda(const Tensor& p_, int64_t bits, int64_t numel, bool is_signed) {
   const Device device(p_);
-  const Tensor p = torch::stable::contiguous(p_);
+  const Tensor p = row_major(p_);
   const uint8_t* in = bytes_of(p);
   STD_TORCH_CHECK(p.numel() * fields_per_byte(bits) >= numel, "qkernels: p is too short");
-  Tensor q = torch::stable::new_empty(p, {numel}, is_signed ? ScalarType::Char : ScalarType::Byte);
+  Tensor q = allocate(p, numel, is_signed ? ScalarType::Char : ScalarType::Byte);
   STD_CUDA_CHECK(
       launch_unpack(in, numel, int(bits), is_signed, static_cast<uint8_t*>(q.mutable_data_ptr()), device.stream()));
   return q;

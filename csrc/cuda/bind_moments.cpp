@@ -34,9 +34,9 @@ std::tuple<Tensor, Tensor> standardized_distance_cuda(const Tensor& student, con
                                                       double eps, bool mean) {
   const Pair pair(student, teacher, axis);
   const Walk& walk = pair.walk;
-  Tensor distance = torch::stable::new_empty(pair.student, {walk.rows}, compute_type(student.scalar_type()));
-  Tensor moments = torch::stable::new_empty(pair.student, {5, walk.rows}, ScalarType::Double);
-  Tensor partial = torch::stable::new_empty(pair.student, {5 * walk.partials()}, ScalarType::Double);
+  Tensor distance = allocate(pair.student, walk.rows, compute_type(student.scalar_type()));
+  Tensor moments = allocate(pair.student, std::array<int64_t, 2>{5, walk.rows}, ScalarType::Double);
+  Tensor partial = allocate(pair.student, 5 * walk.partials(), ScalarType::Double);
   STD_CUDA_CHECK(launch_standardized_distance(
       walk, pair.type(), pair.student.const_data_ptr(), pair.teacher.const_data_ptr(), {eps, mean},
       static_cast<double*>(partial.mutable_data_ptr()), distance.mutable_data_ptr(),
@@ -53,8 +53,8 @@ Tensor standardized_distance_backward_cuda(const Tensor& grad, const Tensor& stu
   STD_TORCH_CHECK(grad.dim() == 1 && grad.numel() == walk.rows && grad.scalar_type() == type,
                   "qkernels: grad has the wrong dtype or length");
   const Tensor moments = row_values(moments_, ScalarType::Double, 5 * walk.rows, "moments");
-  Tensor slopes = torch::stable::new_empty(pair.student, {5 * walk.rows}, type);
-  Tensor ds = torch::stable::empty_like(pair.student);
+  Tensor slopes = allocate(pair.student, 5 * walk.rows, type);
+  Tensor ds = allocate_like(pair.student);
   STD_CUDA_CHECK(launch_standardized_distance_backward(
       walk, pair.type(), grad.const_data_ptr(), grad.stride(0), pair.student.const_data_ptr(),
       pair.teacher.const_data_ptr(), static_cast<const double*>(moments.const_data_ptr()), {eps, mean},

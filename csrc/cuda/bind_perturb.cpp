@@ -53,12 +53,12 @@ std::tuple<Tensor, Tensor> multi_norm_cuda(const Tensors& tensors, const Tensors
   const Tensors weights = list.beside(weights_, "weights");
   const int64_t count = int64_t(tensors.size());
   const Tensor& like = list.tensors[0];
-  Tensor norm = torch::stable::new_empty(like, {1}, ScalarType::Double);
-  Tensor norms = torch::stable::new_empty(like, {count}, ScalarType::Double);
+  Tensor norm = allocate(like, 1, ScalarType::Double);
+  Tensor norms = allocate(like, count, ScalarType::Double);
   // Empty tensors have no chunk, and keep their 0.
   Tensor squares = torch::stable::new_zeros(like, {count}, ScalarType::Double);
   const std::vector<Member> members = list.members(weights, list.tensors, {});
-  Tensor partial = torch::stable::new_empty(like, {chunks_of(members)}, ScalarType::Double);
+  Tensor partial = allocate(like, chunks_of(members), ScalarType::Double);
   double *sums = static_cast<double*>(squares.mutable_data_ptr()),
          *parts = static_cast<double*>(partial.mutable_data_ptr());
   for_tables(members, nullptr, 0, [&](const Table& table, Dtype type) {
@@ -75,8 +75,8 @@ Tensor multi_dot_cuda(const Tensors& a, const Tensors& b_) {
   STD_TORCH_CHECK(!b.empty(), "qkernels: b is empty");
   const std::vector<Member> members = list.members(list.tensors, b, {});
   const int64_t chunks = chunks_of(members);
-  Tensor partial = torch::stable::new_empty(list.tensors[0], {3 * chunks}, ScalarType::Double);
-  Tensor sums = torch::stable::new_empty(list.tensors[0], {3}, ScalarType::Double);
+  Tensor partial = allocate(list.tensors[0], 3 * chunks, ScalarType::Double);
+  Tensor sums = allocate(list.tensors[0], 3, ScalarType::Double);
   double* parts = static_cast<double*>(partial.mutable_data_ptr());
   int64_t done = 0;
   for_tables(members, nullptr, 0, [&](const Table& table, Dtype type) {
@@ -96,7 +96,7 @@ void multi_perturb_cuda(const Tensors& out, const Tensors& params, const Tensors
   STD_TORCH_CHECK(coefficients.scalar_type() == ScalarType::Double && coefficients.dim() == 2,
                   "qkernels: coefficients must be float64 of shape (copies, 1 to 3)");
   list.device.check(coefficients, "coefficients");
-  const Tensor table_of = torch::stable::contiguous(coefficients);
+  const Tensor table_of = row_major(coefficients);
   const int64_t copies = table_of.size(0);
   const size_t count = params.size();
   STD_TORCH_CHECK(out.size() == count * size_t(copies), "qkernels: out must have one tensor per copy and parameter");
