@@ -24,7 +24,7 @@ QK_HD void temper(const S* x, const Compute<S>* n, const Grid& grids, float a, f
 
 template <int64_t kind, Rounding rounding, class S, class Grids>
 QK_HD void forward(const S* x, S* __restrict y, const Compute<S>* n, int64_t count, const Grids& grids, float a,
-                   float b) {
+                   float b, int64_t ahead) {
   using C = Compute<S>;
   const auto value = [&](int64_t j) __attribute__((always_inline)) {
     return fake_quantize<math_kind(kind)>(load(x[j]), grids[j], kind == kPlain ? C(0) : n[j], a, b);
@@ -39,13 +39,16 @@ QK_HD void forward(const S* x, S* __restrict y, const Compute<S>* n, int64_t cou
       store_block<rounding, kTempered>(block, y + begin);
     }
   }
-  for (; begin + kLanes <= count; begin += kLanes) {
-    prefetch<kLanes>(x + begin, false);
-    prefetch<kLanes>(y + begin, true);
-    C block[kLanes];
-    for (int64_t j = 0; j < kLanes; ++j) block[j] = value(begin + j);
-    store_block<rounding, kLanes>(block, y + begin);
-  }
+  const auto block = [&](auto lanes) __attribute__((always_inline)) {
+    prefetch<lanes>(x + begin, false, ahead);
+    prefetch<lanes>(y + begin, true, ahead);
+    C values[lanes];
+    for (int64_t j = 0; j < lanes; ++j) values[j] = value(begin + j);
+    store_block<rounding, lanes>(values, y + begin);
+    begin += lanes;
+  };
+  while (count - begin >= kLanes) block(std::integral_constant<int64_t, kLanes>());
+  if (count - begin >= kRunLength) block(std::integral_constant<int64_t, kRunLength>());
   for (int64_t j = begin; j < count; ++j) y[j] = store<S>(value(j));
 }
 
@@ -62,28 +65,28 @@ struct Forward {
   float a, b;
 
   template <class Grids>
-  QK_HD void stretch(int64_t i, int64_t count, const Grids& grids, Compute<S>* noise) const {
+  QK_HD void stretch(int64_t i, int64_t count, const Grids& grids, Compute<S>* noise, int64_t ahead) const {
     const Compute<S>* n = draw<kind>(variates, i, count, noise);
     if constexpr (centred) {
-      forward<kind, rounding>(x + i, y + i, n, count, Centred<Grids>{grids}, a, b);
+      forward<kind, rounding>(x + i, y + i, n, count, Centred<Grids>{grids}, a, b, ahead);
     } else {
-      forward<kind, rounding>(x + i, y + i, n, count, grids, a, b);
+      forward<kind, rounding>(x + i, y + i, n, count, grids, a, b, ahead);
     }
   }
 
   QK_HD void runs(int64_t first, int64_t last) const {
     Compute<S> noise[kTile + 8];
     const int64_t step = kind == kPlain ? kBlock : kTile;
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t run = unit / walk.parts, part = unit % walk.parts;
-      int64_t begin = run * walk.inner + part * kBlock;
-      const int64_t end = std::min(begin + kBlock, (run + 1) * walk.inner);
-      const OneGrid<Compute<S>> grids{rows.grid(run % walk.rows)};
+    walk.each_run(first, last, [&](int64_t, int64_t row, int64_t begin, int64_t end) __attribute__((always_inline)) {
+      const OneGrid<Compute<S>> grids{rows.grid(row)};
       if constexpr (centred && std::is_same_v<Compute<S>, float>) {
         begin += fake_quantize_multiplied(x + begin, y + begin, end - begin, walk.numel, grids.grid);
       }
-      for (int64_t i = begin; i < end; i += step) stretch(i, std::min(step, end - i), grids, noise);
-    }
+      for (int64_t i = begin; i < end; i += step) {
+        stretch(i, std::min(step, end - i), grids, noise, kPage / int64_t(sizeof(S)));
+      }
+    });
+    end_of_streams();
   }
 
   QK_HD void columns(int64_t first, int64_t last) const {
@@ -96,7 +99,7 @@ struct Forward {
       if (unit == first || part == 0) grids.fill(rows, column / walk.inner, walk.inner, count);
       const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
       for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
-        stretch(repeat * period + column, count, grids, noise);
+        stretch(repeat * period + column, count, grids, noise, period);
       }
     }
   }

@@ -5,45 +5,52 @@
 namespace qk {
 namespace {
 
-// `common`: no offset to learn, the plain straight-through estimator; its loop carries one sum instead of two.
-template <int64_t kind, bool common, class S, class Grids>
+// What a loop computes; what it need not is dropped at compile time.
+//   kScale    dx is grad or 0 and the scale learns: no offset, the plain straight-through estimator
+//   kOffset   the offset learns as well
+//   kGeneral  any estimator
+enum class Learns { kScale, kOffset, kGeneral };
+
+template <int64_t kind, Learns learns, class S, class Grids>
 QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S>* n, int64_t count, const Grids& grids,
-                    Estimator<Compute<S>> estimator, Compute<S>* __restrict dscale, Compute<S>* __restrict doffset) {
+                    Estimator<Compute<S>> estimator, Compute<S>* __restrict dscale, Compute<S>* __restrict doffset,
+                    int64_t ahead) {
   using C = Compute<S>;
+  constexpr bool plain = learns != Learns::kGeneral, centred = learns == Learns::kScale;
   C out[kLanes];
-  for (int64_t begin = 0; begin < count; begin += kLanes) {
-    const int64_t length = std::min(kLanes, count - begin);
-    const auto body = [&](int64_t j) __attribute__((always_inline)) {
-      const C variate = kind == kPlain ? C(0) : n[begin + j];
-      Grid<C> grid = grids[begin + j];
-      if (common) grid.offset = 0;
-      const Gradient<C> term = fake_quantize_backward<math_kind(kind)>(
-          load(grad[begin + j]), load(x[begin + j]), grid, variate, common ? Estimator<C>{false, C(0)} : estimator);
-      const int64_t lane = std::is_same_v<Grids, OneGrid<C>> ? j : begin + j;
-      out[j] = term.dx;
-      dscale[lane] += term.dscale;
-      if (!common) doffset[lane] += term.doffset;
-    };
-    if (length == kLanes) {
-      prefetch<kLanes>(grad + begin, false);
-      prefetch<kLanes>(x + begin, false);
-      prefetch<kLanes>(dx + begin, true);
-      for (int64_t j = 0; j < kLanes; ++j) body(j);
-      store_block<common ? Rounding::kExact : Rounding::kAnyBits, kLanes>(out, dx + begin);
-    } else {
-      for (int64_t j = 0; j < length; ++j) body(j);
-      for (int64_t j = 0; j < length; ++j) dx[begin + j] = store<S>(out[j]);
-    }
-  }
+  int64_t begin = 0;
+  const auto body = [&](int64_t j) __attribute__((always_inline)) {
+    const C variate = kind == kPlain ? C(0) : n[begin + j];
+    Grid<C> grid = grids[begin + j];
+    if (centred) grid.offset = 0;
+    const Gradient<C> term = fake_quantize_backward<math_kind(kind)>(load(grad[begin + j]), load(x[begin + j]), grid,
+                                                                     variate, plain ? Estimator<C>{} : estimator);
+    const int64_t lane = std::is_same_v<Grids, OneGrid<C>> ? j : begin + j;
+    out[j] = term.dx;
+    dscale[lane] += term.dscale;
+    if (!centred) doffset[lane] += term.doffset;
+  };
+  const auto block = [&](auto lanes) __attribute__((always_inline)) {
+    prefetch<lanes>(grad + begin, false, ahead);
+    prefetch<lanes>(x + begin, false, ahead);
+    prefetch<lanes>(dx + begin, true, ahead);
+    for (int64_t j = 0; j < lanes; ++j) body(j);
+    store_block<plain ? Rounding::kExact : Rounding::kAnyBits, lanes>(out, dx + begin);
+    begin += lanes;
+  };
+  while (count - begin >= kLanes) block(std::integral_constant<int64_t, kLanes>());
+  if (count - begin >= kRunLength) block(std::integral_constant<int64_t, kRunLength>());
+  for (int64_t j = 0; j < count - begin; ++j) body(j);
+  for (int64_t j = 0; j < count - begin; ++j) dx[begin + j] = store<S>(out[j]);
 }
 
 // Eight sums side by side, as a vector, which g++ does not find: a single one takes longer than a short row.
 template <class C>
-QK_HD double sum_of_lanes(const C (&lanes)[kLanes]) {
+QK_HD double sum_of_lanes(const C (&lanes)[kLanes], int64_t used) {
   typedef C Values __attribute__((vector_size(8 * sizeof(C))));
   typedef double Sums __attribute__((vector_size(8 * sizeof(double))));
   Sums sums = {};
-  for (int64_t j = 0; j < kLanes; j += 8) {
+  for (int64_t j = 0; j < used; j += 8) {
     Values values;
     __builtin_memcpy(&values, lanes + j, sizeof(values));
     sums += __builtin_convertvector(values, Sums);
@@ -51,38 +58,49 @@ QK_HD double sum_of_lanes(const C (&lanes)[kLanes]) {
   return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
+template <class C>
+QK_HD void sum_rows(const C* columns, int64_t count, int64_t inner, double* out) {
+  if (inner == 1) {  // g++ vectorises this one
+    for (int64_t j = 0; j < count; ++j) out[j] = columns[j];
+    return;
+  }
+  for (int64_t j = 0; j < count; ++out) {
+    double sum = 0;
+    for (int64_t k = 0; k < inner; ++k, ++j) sum += columns[j];
+    *out = sum;
+  }
+}
+
 struct Sums {
-  double *dscale, *doffset;
+  double *dscale, *doffset;  // doffset: null without an offset
 };
 
-template <int64_t kind, bool common, class S>
+template <int64_t kind, Learns learns, class S>
 QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<S>>& rows, const S* grad, const S* x,
                                            S* dx, Variates<S> variates, Estimator<Compute<S>> estimator, Sums sums,
                                            int64_t first, int64_t last) {
   using C = Compute<S>;
   C noise[kTile + 8];
-  for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t run = unit / walk.parts, part = unit % walk.parts;
-    int64_t begin = run * walk.inner + part * kBlock;
-    const int64_t end = std::min(begin + kBlock, (run + 1) * walk.inner);
-    const OneGrid<C> grids{rows.grid(run % walk.rows)};
+  const int64_t step = kind == kPlain ? kBlock : kTile, used = std::min(kLanes, walk.inner);
+  walk.each_run(first, last, [&](int64_t unit, int64_t row, int64_t begin, int64_t end) __attribute__((always_inline)) {
+    const OneGrid<C> grids{rows.grid(row)};
     C dscale[kLanes] = {}, doffset[kLanes] = {};
-    const int64_t step = kind == kPlain ? kBlock : kTile;
-    if constexpr (common && std::is_same_v<C, float>) {
+    if constexpr (learns == Learns::kScale && std::is_same_v<C, float>) {
       begin += fake_quantize_backward_multiplied(grad + begin, x + begin, dx + begin, end - begin, walk.numel,
                                                  grids.grid, dscale);
     }
     for (int64_t i = begin; i < end; i += step) {
       const int64_t count = std::min(step, end - i);
-      backward<kind, common>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
-                             dscale, doffset);
+      backward<kind, learns>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
+                             dscale, doffset, kPage / int64_t(sizeof(S)));
     }
-    sums.dscale[unit] = sum_of_lanes(dscale);
-    sums.doffset[unit] = common ? 0.0 : sum_of_lanes(doffset);
-  }
+    sums.dscale[unit] = sum_of_lanes(dscale, used);
+    if (sums.doffset) sums.doffset[unit] = sum_of_lanes(doffset, used);
+  });
+  end_of_streams();
 }
 
-template <int64_t kind, bool common, class S>
+template <int64_t kind, Learns learns, class S>
 QK_CLONES void fake_quantize_backward_columns(const Walk& walk, const Rows<Compute<S>>& rows, const S* grad, const S* x,
                                               S* dx, Variates<S> variates, Estimator<Compute<S>> estimator, Sums sums,
                                               int64_t first, int64_t last) {
@@ -99,15 +117,12 @@ QK_CLONES void fake_quantize_backward_columns(const Walk& walk, const Rows<Compu
     const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
     for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
       const int64_t i = repeat * period + column;
-      backward<kind, common>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
-                             dscale, doffset);
+      backward<kind, learns>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
+                             dscale, doffset, period);
     }
-    for (int64_t j = 0, row = column / walk.inner; j < count; ++row) {
-      double s = 0, o = 0;
-      for (int64_t k = 0; k < walk.inner; ++k, ++j) s += dscale[j], o += doffset[j];
-      sums.dscale[part * walk.rows + row] = s;
-      sums.doffset[part * walk.rows + row] = o;
-    }
+    const int64_t row = part * walk.rows + column / walk.inner;
+    sum_rows(dscale, count, walk.inner, sums.dscale + row);
+    if (sums.doffset) sum_rows(doffset, count, walk.inner, sums.doffset + row);
   }
 }
 
@@ -140,27 +155,31 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(const Tensor& grad
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const Drawn drawn(backward_kind(noise), a, b, seed, stream, {}, {}, x);
   const size_t partials = walk.columns ? walk.parts * walk.rows : walk.units();
-  std::vector<double> dscales(partials), doffsets(partials);
+  std::vector<double> dscales(partials), doffsets(offset ? partials : 0);
   with_storage(x.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using C = Compute<S>;
     const RowTensors<C> rows(x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
     const S *g = static_cast<const S*>(grad.const_data_ptr()), *in = static_cast<const S*>(x.const_data_ptr());
     S* out = static_cast<S*>(dx.mutable_data_ptr());
-    const bool common = !offset && !clip_only && ewgs == 0;
-    with_kind<kBackwardKinds>(drawn.kind, [&](auto kind) {
+    const auto run = [&](auto kind, auto learns) {
       constexpr int64_t k = decltype(kind)::value;
-      auto loop = walk.columns ? fake_quantize_backward_columns<k, false, S> : fake_quantize_backward_runs<k, false, S>;
-      if constexpr (k == kPlain) {
-        if (common) {
-          loop = walk.columns ? fake_quantize_backward_columns<k, true, S> : fake_quantize_backward_runs<k, true, S>;
-        }
-      }
+      constexpr Learns l = decltype(learns)::value;
+      const auto loop = walk.columns ? fake_quantize_backward_columns<k, l, S> : fake_quantize_backward_runs<k, l, S>;
       torch::stable::parallel_for(0, walk.units(), walk.grain(), [&](int64_t first, int64_t last) {
-        loop(walk, rows.rows, g, in, out, drawn.variates<S>(), {clip_only, C(ewgs)}, {dscales.data(), doffsets.data()},
-             first, last);
+        loop(walk, rows.rows, g, in, out, drawn.variates<S>(), {clip_only, C(ewgs)},
+             {dscales.data(), offset ? doffsets.data() : nullptr}, first, last);
       });
-    });
+    };
+    constexpr std::integral_constant<int64_t, kPlain> plain;
+    if (drawn.kind != kPlain || clip_only || ewgs != 0) {
+      with_kind<kBackwardKinds>(drawn.kind,
+                                [&](auto kind) { run(kind, std::integral_constant<Learns, Learns::kGeneral>()); });
+    } else if (offset) {
+      run(plain, std::integral_constant<Learns, Learns::kOffset>());
+    } else {
+      run(plain, std::integral_constant<Learns, Learns::kScale>());
+    }
     finish(walk, dscales, grad_scale, rows.rows.scale, static_cast<C*>(dscale.mutable_data_ptr()));
     if (offset) {
       finish(walk, doffsets, grad_scale, static_cast<const C*>(nullptr), static_cast<C*>(doffset.mutable_data_ptr()));

@@ -175,13 +175,11 @@ QK_AVX512 void run_forward(const S* x, S* y, int64_t count, Grid<float> grid, Re
   } else {
     forward_loop<false, streamed>(x, y, count, grid, by);
   }
-  if (streamed) _mm_sfence();
 }
 template <bool streamed, class S>
 QK_AVX512 void run_backward(const S* grad, const S* x, S* dx, int64_t count, Grid<float> grid, Reciprocal by,
                             float* dscale) {
   backward_loop<streamed>(grad, x, dx, count, grid, by, dscale);
-  if (streamed) _mm_sfence();
 }
 
 // Whether `out`, a part of `numel` elements of output, is to be written past the caches.
@@ -193,6 +191,9 @@ bool past_caches(const S* out, int64_t numel) {
 inline Reciprocal reciprocal_of_run(int64_t count, Grid<float> grid) {
   return count >= kWorthReciprocal && has_avx512() ? reciprocal(grid) : Reciprocal{0.0f, 0.0f, 0.0f, false};
 }
+
+// What was written past the caches is seen by other threads after this; each run of its own would wait for the memory.
+inline void end_of_streams() { _mm_sfence(); }
 
 // Both return how many of the elements they have done, from the first on; the division does the rest. numel: elements
 // of the whole output.
@@ -216,6 +217,8 @@ int64_t fake_quantize_backward_multiplied(const S* grad, const S* x, S* dx, int6
 }
 
 #else
+
+inline void end_of_streams() {}
 
 template <class S>
 int64_t fake_quantize_multiplied(const S*, S*, int64_t, int64_t, Grid<float>) {

@@ -14,11 +14,12 @@
 
 namespace qk {
 
-constexpr int64_t kLanes = 64;       // partial sums kept side by side in one run
-constexpr int64_t kBlock = 16384;    // elements of a unit of a run
-constexpr int64_t kTile = 1024;      // columns of a tile; also the variates drawn at a time
-constexpr int64_t kRunLength = 32;   // shorter runs are walked as columns
-constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
+constexpr int64_t kLanes = 64;            // partial sums kept side by side in one run
+constexpr int64_t kBlock = 16384;         // elements of a unit of a run
+constexpr int64_t kColumnsBlock = 65536;  // elements of a unit of columns, whose sums cost more
+constexpr int64_t kTile = 1024;           // columns of a tile; also the variates drawn at a time
+constexpr int64_t kRunLength = 32;        // shorter runs are walked as columns
+constexpr int64_t kGrain = 1 << 17;       // elements that are worth a thread
 
 struct Walk {
   int64_t numel, rows, inner;
@@ -38,11 +39,24 @@ struct Walk {
     const int64_t period = rows * inner;
     tile = std::min(period, kTile / inner * inner);
     repeats = numel / period;
-    stretch = std::max<int64_t>(1, kBlock / tile);
+    stretch = std::max<int64_t>(1, kColumnsBlock / tile);
     count = (period + tile - 1) / tile;
     parts = (repeats + stretch - 1) / stretch;
   }
   int64_t units() const { return count * parts; }
+
+  // Units of runs in order: f(unit, row, begin, end). Counted, since a division costs a third of a short row.
+  template <class F>
+  QK_HD void each_run(int64_t first, int64_t last, F&& f) const {
+    int64_t run = first / parts, part = first % parts, row = run % rows;
+    for (int64_t unit = first; unit < last; ++unit) {
+      const int64_t begin = run * inner + part * kBlock;
+      f(unit, row, begin, std::min(begin + kBlock, (run + 1) * inner));
+      if (++part < parts) continue;
+      part = 0, ++run;
+      if (++row == rows) row = 0;
+    }
+  }
   int64_t grain() const { return std::max<int64_t>(1, kGrain * units() / std::max<int64_t>(numel, 1)); }
 };
 
