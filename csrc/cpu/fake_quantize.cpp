@@ -1,6 +1,6 @@
 // fake_quantize on the CPU: one pass, x in, y out.
 #include "cpu/arguments.h"
-#include "cpu/multiplied.h"
+#include "cpu/avx512.h"
 
 namespace qk {
 namespace {
@@ -75,18 +75,18 @@ struct Forward {
   }
 
   QK_HD void runs(int64_t first, int64_t last) const {
+    if constexpr (centred && std::is_same_v<Compute<S>, float>) {
+      if (fake_quantize_avx512(walk, rows, x, y, first, last)) return;
+    }
     Compute<S> noise[kTile + 8];
     const int64_t step = kind == kPlain ? kBlock : kTile;
-    walk.each_run(first, last, [&](int64_t, int64_t row, int64_t begin, int64_t end) __attribute__((always_inline)) {
-      const OneGrid<Compute<S>> grids{rows.grid(row)};
-      if constexpr (centred && std::is_same_v<Compute<S>, float>) {
-        begin += fake_quantize_multiplied(x + begin, y + begin, end - begin, walk.numel, grids.grid);
-      }
-      for (int64_t i = begin; i < end; i += step) {
+    for (Run run(walk, first); run.unit < last; run.next()) {
+      const OneGrid<Compute<S>> grids{rows.grid(run.row)};
+      const int64_t end = run.end();
+      for (int64_t i = run.begin(); i < end; i += step) {
         stretch(i, std::min(step, end - i), grids, noise, kPage / int64_t(sizeof(S)));
       }
-    });
-    end_of_streams();
+    }
   }
 
   QK_HD void columns(int64_t first, int64_t last) const {

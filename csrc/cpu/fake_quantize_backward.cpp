@@ -1,6 +1,6 @@
 // The gradient of fake_quantize on the CPU: one pass over grad and x gives dx and the rows' sums.
 #include "cpu/arguments.h"
-#include "cpu/multiplied.h"
+#include "cpu/avx512.h"
 
 namespace qk {
 namespace {
@@ -80,24 +80,23 @@ QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<
                                            S* dx, Variates<S> variates, Estimator<Compute<S>> estimator, Sums sums,
                                            int64_t first, int64_t last) {
   using C = Compute<S>;
+  if constexpr (learns == Learns::kScale && std::is_same_v<C, float>) {
+    if (fake_quantize_backward_avx512(walk, rows, grad, x, dx, sums.dscale, first, last)) return;
+  }
   C noise[kTile + 8];
   const int64_t step = kind == kPlain ? kBlock : kTile, used = std::min(kLanes, walk.inner);
-  walk.each_run(first, last, [&](int64_t unit, int64_t row, int64_t begin, int64_t end) __attribute__((always_inline)) {
-    const OneGrid<C> grids{rows.grid(row)};
+  for (Run run(walk, first); run.unit < last; run.next()) {
+    const OneGrid<C> grids{rows.grid(run.row)};
+    const int64_t end = run.end();
     C dscale[kLanes] = {}, doffset[kLanes] = {};
-    if constexpr (learns == Learns::kScale && std::is_same_v<C, float>) {
-      begin += fake_quantize_backward_multiplied(grad + begin, x + begin, dx + begin, end - begin, walk.numel,
-                                                 grids.grid, dscale);
-    }
-    for (int64_t i = begin; i < end; i += step) {
+    for (int64_t i = run.begin(); i < end; i += step) {
       const int64_t count = std::min(step, end - i);
       backward<kind, learns>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
                              dscale, doffset, kPage / int64_t(sizeof(S)));
     }
-    sums.dscale[unit] = sum_of_lanes(dscale, used);
-    if (sums.doffset) sums.doffset[unit] = sum_of_lanes(doffset, used);
-  });
-  end_of_streams();
+    sums.dscale[run.unit] = sum_of_lanes(dscale, used);
+    if (sums.doffset) sums.doffset[run.unit] = sum_of_lanes(doffset, used);
+  }
 }
 
 template <int64_t kind, Learns learns, class S>

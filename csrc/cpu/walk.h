@@ -44,20 +44,24 @@ struct Walk {
     parts = (repeats + stretch - 1) / stretch;
   }
   int64_t units() const { return count * parts; }
-
-  // Units of runs in order: f(unit, row, begin, end). Counted, since a division costs a third of a short row.
-  template <class F>
-  QK_HD void each_run(int64_t first, int64_t last, F&& f) const {
-    int64_t run = first / parts, part = first % parts, row = run % rows;
-    for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t begin = run * inner + part * kBlock;
-      f(unit, row, begin, std::min(begin + kBlock, (run + 1) * inner));
-      if (++part < parts) continue;
-      part = 0, ++run;
-      if (++row == rows) row = 0;
-    }
-  }
   int64_t grain() const { return std::max<int64_t>(1, kGrain * units() / std::max<int64_t>(numel, 1)); }
+};
+
+// The units of a walk along runs, one after the other. Counted: a division costs a third of a short row.
+struct Run {
+  const Walk& walk;
+  int64_t unit, run, part, row;
+
+  QK_HD Run(const Walk& walk, int64_t first)
+      : walk(walk), unit(first), run(first / walk.parts), part(first % walk.parts), row(run % walk.rows) {}
+  QK_HD int64_t begin() const { return run * walk.inner + part * kBlock; }
+  QK_HD int64_t end() const { return std::min(begin() + kBlock, (run + 1) * walk.inner); }
+  QK_HD void next() {
+    ++unit;
+    if (++part < walk.parts) return;
+    part = 0, ++run;
+    if (++row == walk.rows) row = 0;
+  }
 };
 
 // Pointers to the rows' numbers. An absent offset or zero point is null.
