@@ -64,7 +64,8 @@ def test_every_half_number(dtype, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_next_to_a_tie_or_an_end(dtype, bits):
+@pytest.mark.parametrize("width", [48, 512])
+def test_next_to_a_tie_or_an_end(dtype, bits, width):
     """Values next to a tie or an end, each alone in a row of its own, where its term of the sum cannot hide."""
     random = torch.Generator().manual_seed(bits)
     quant_min, quant_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -73,8 +74,8 @@ def test_next_to_a_tie_or_an_end(dtype, bits):
         at = (torch.arange(2 * quant_min - 3, 2 * quant_max + 4) / 2 * s).view(torch.int32)
         near = (at[:, None] + torch.arange(-9, 10, dtype=torch.int32)).view(torch.float32).reshape(-1)
         near = near[near.isfinite()]
-        x = (0.2 * s).expand(len(near), 256).clone()
-        x[torch.arange(len(near)), torch.randint(0, 256, near.shape, generator=random)] = near
+        x = (0.2 * s).expand(len(near), width).clone()
+        x[torch.arange(len(near)), torch.randint(0, width, near.shape, generator=random)] = near
         x = x.to(dtype)
         grad = torch.randn(x.shape, generator=random).to(dtype)
         forward = (x, s, None, None, -1, quant_min, quant_max, 0, 0.0, 0.0, None, 0, None, None)
@@ -96,24 +97,44 @@ def test_next_to_a_tie_or_an_end(dtype, bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_outputs_larger_than_the_caches(dtype, rows):
+@pytest.mark.parametrize("offset", [False, True], ids=["", "offset"])
+@pytest.mark.parametrize("shape", [(1, 4_300_001), (3, 1_433_335), (42_000, 105), (67_200, 64)], ids=str)
+def test_outputs_larger_than_the_caches(dtype, shape, offset):
     """They may be written past the caches; rows of an odd length begin anywhere in a line."""
-    random = torch.Generator().manual_seed(rows)
-    x, grad = (torch.randn(rows, 4_300_001 // rows | 1, generator=random).to(dtype) for _ in range(2))
-    s = 0.1 + torch.rand(rows, generator=random)
-    forward = (x, s, None, None, 0, -8, 7, 0, 0.0, 0.0, None, 0, None, None)
+    random = torch.Generator().manual_seed(shape[0])
+    x, grad = (torch.randn(shape, generator=random).to(dtype) for _ in range(2))
+    s = 0.1 + torch.rand(len(x), generator=random)
+    o = torch.rand(len(x), generator=random) - 0.5 if offset else None
+    forward = (x, s, o, None, 0, -8, 7, 0, 0.0, 0.0, None, 0, None, None)
     backward = (grad, *forward[:7], 1.0, False, 0.0, 0, 0.0, 0.0, None, 0)
     assert torch.equal(torch.ops.qkernels.fake_quantize(*forward), reference.fake_quantize(*forward))
     got, want = (
         f(*backward) for f in (torch.ops.qkernels.fake_quantize_backward, reference.fake_quantize_backward)
     )
-    assert torch.equal(got[0], want[0]) and torch.allclose(got[1], want[1], rtol=1e-3)
+    assert torch.equal(got[0], want[0])
+    for sums, expected in zip(got[1:], want[1:], strict=True):
+        assert torch.allclose(sums, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, -1])
+def test_any_nan_stays_one(dtype, bits):
+    """Rounding bfloat16 as an integer would carry the bits of some into infinity or zero."""
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    x, one = torch.ones(3, 70).to(dtype), torch.ones(1)
+    for scale, offset in ((nan, None), (nan, one), (one, nan)):
+        assert (
+            torch.ops.qkernels.fake_quantize(
+                x, scale, offset, None, -1, -8, 7, 0, 0.0, 0.0, None, 0, None, None
+            )
+            .isnan()
+            .all()
+        )
 
 
 @pytest.mark.parametrize("off", ["QKERNELS_AVX512", "QKERNELS_BFLOAT16"])
 def test_without_the_processor_s_instructions(off):
-    names = "native and fake_quantize or every_half_number or next_to_a_tie"
+    names = "native and fake_quantize or every_half_number or next_to_a_tie or any_nan"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", names]
     done = subprocess.run(command, env={**os.environ, off: "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

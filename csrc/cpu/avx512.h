@@ -1,4 +1,4 @@
-// The loops of the quantizer with AVX-512, for runs of one row without noise and offset. In intrinsics: they take
+// The loops of the quantizer with AVX-512, for runs of one row without noise. In intrinsics: they take
 // bfloat16 apart and put dx together in half of the instructions that g++ finds. Long runs multiply
 // (math/reciprocal.h), which is faster where division is slow; short ones divide.
 #pragma once
@@ -11,7 +11,8 @@ constexpr int64_t kPair = 32;  // elements that are taken together
 // Bytes of output from which on it is written past the caches: its lines are not read first, and push nothing out. A
 // whole training step is as fast either way; the op alone gains a tenth to a third.
 constexpr int64_t kPastCaches = int64_t(1) << 23;
-// Elements of a run for which its reciprocal is worth 10 ns: less where division is slow, never where it is fast (Zen 5).
+// Elements of a run for which its reciprocal is worth 10 ns: less where division is slow, never where it is fast (Zen
+// 5).
 constexpr int64_t kWorthReciprocal = 512;
 
 #ifdef QK_X86_CLONES
@@ -65,6 +66,7 @@ QK_AVX512_INLINE void put(float* to, Vectors v) {
   put<streamed>(to + 16, _mm512_castps_si512(v.second));
 }
 
+// hardware: bfloat16 by the processor's instruction, which flushes subnormal values.
 template <bool hardware, bool streamed>
 QK_AVX512_INLINE void store_vectors(float* to, Vectors v) {
   put<streamed>(to, v);
@@ -83,7 +85,7 @@ QK_AVX512_INLINE __m512i rounded_lanes(__m512 x) {
 }
 template <bool hardware, bool streamed>
 QK_AVX512_INLINE void store_vectors(BFloat16* to, Vectors v) {
-  if constexpr (hardware) {  // by its name, since the instruction is not part of x86-64-v4; flushes subnormal values
+  if constexpr (hardware) {  // by its name: the instruction is not part of x86-64-v4
     __m512i halves;
     asm("vcvtne2ps2bf16 %[first], %[second], %[halves]"
         : [halves] "=v"(halves)
@@ -93,7 +95,8 @@ QK_AVX512_INLINE void store_vectors(BFloat16* to, Vectors v) {
         _mm512_slli_epi32(_mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31), 16));
     put<streamed>(to, _mm512_permutexvar_epi16(turn, halves));
   } else {
-    const __m512i upper = _mm512_set1_epi32(int32_t(0xFFFF0000)), low = _mm512_srli_epi32(rounded_lanes(v.first), 16);
+    const __m512i upper = _mm512_set1_epi32(int32_t(0xFFFF0000));
+    const __m512i low = _mm512_srli_epi32(rounded_lanes(v.first), 16);
     put<streamed>(to, _mm512_ternarylogic_epi32(upper, rounded_lanes(v.second), low, 0xCA));
   }
 }
@@ -115,9 +118,10 @@ QK_AVX512_INLINE void store_kept(BFloat16* to, const BFloat16* grad, Vectors v, 
 
 QK_AVX512_INLINE __m512 round_even(__m512 v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT); }
 
-// How x becomes its position on the grid, or what has the same nearest level, and where the grid ends. max and min
-// return their second operand if one is NaN.
+// How x becomes its position on the grid, or what has the same nearest level; where the grid ends; what a level stands
+// for. max and min return their second operand if one is NaN.
 struct Multiplied {
+  static constexpr bool offsets = false;
   __m512 scale, inverse, first, last;
 
   QK_AVX512_INLINE Multiplied(Grid<float> grid, Reciprocal by)
@@ -129,22 +133,31 @@ struct Multiplied {
     const __m512 w = _mm512_mul_ps(x, inverse);
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(w, scale, x), inverse, w);
   }
-  QK_AVX512_INLINE __m512 level(__m512 x) const {  // x is clipped in place of the level
-    return round_even(position(_mm512_min_ps(last, _mm512_max_ps(first, x))));
-  }
   QK_AVX512_INLINE __m512 compared(__m512 x, __m512) const { return x; }
+  QK_AVX512_INLINE __m512 value(__m512 x) const {  // x is clipped in place of the level; a level of -0 gives +0
+    const __m512 q = round_even(position(_mm512_min_ps(last, _mm512_max_ps(first, x))));
+    return _mm512_fmadd_ps(q, scale, _mm512_setzero_ps());
+  }
 };
 
-struct Divided {
-  __m512 scale, first, last;
+template <bool with_offset>
+struct Divided {  // a NaN of the offset, as of the scale, is one without bits in its lower half, for rounded_lanes
+  static constexpr bool offsets = with_offset;
+  __m512 scale, offset, first, last;
 
   explicit QK_AVX512_INLINE Divided(Grid<float> grid)
-      : scale(_mm512_set1_ps(grid.scale)), first(_mm512_set1_ps(grid.lo)), last(_mm512_set1_ps(grid.hi)) {}
-  QK_AVX512_INLINE __m512 position(__m512 x) const { return _mm512_div_ps(x, scale); }
-  QK_AVX512_INLINE __m512 level(__m512 x) const {
-    return _mm512_min_ps(last, _mm512_max_ps(first, round_even(position(x))));
+      : scale(_mm512_set1_ps(grid.scale)),
+        offset(_mm512_set1_ps(grid.offset == grid.offset ? grid.offset : NAN)),
+        first(_mm512_set1_ps(grid.lo)),
+        last(_mm512_set1_ps(grid.hi)) {}
+  QK_AVX512_INLINE __m512 position(__m512 x) const {
+    return _mm512_div_ps(offsets ? _mm512_sub_ps(x, offset) : x, scale);
   }
   QK_AVX512_INLINE __m512 compared(__m512, __m512 v) const { return v; }
+  QK_AVX512_INLINE __m512 value(__m512 x) const {
+    const __m512 q = _mm512_min_ps(last, _mm512_max_ps(first, round_even(position(x))));
+    return _mm512_add_ps(_mm512_mul_ps(q, scale), offsets ? offset : _mm512_setzero_ps());
+  }
 };
 
 // The last elements of a run, fewer than kPair, go through memory of their own.
@@ -159,40 +172,43 @@ struct Tail {
 
 template <bool hardware, bool streamed, class Quotient, class S>
 QK_AVX512_INLINE void forward_run(Quotient quotient, const S* x, S* y, int64_t count) {
-  const __m512 zero = _mm512_setzero_ps();
-  const auto value = [=](__m512 x) QK_AVX512_LAMBDA {
-    return _mm512_fmadd_ps(quotient.level(x), quotient.scale, zero);  // a level of -0 gives +0
-  };
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i <= count - kPair; i += kPair) {
     prefetch<kPair>(x + i, false);
     if (!streamed) prefetch<kPair>(y + i, true);
     const Vectors v = load_vectors(x + i);
-    store_vectors<hardware, streamed>(y + i, {value(v.first), value(v.second)});
+    store_vectors<hardware, streamed>(y + i, {quotient.value(v.first), quotient.value(v.second)});
   }
   if (i < count) {
     Tail<S> tail(x + i, count - i);
     const Vectors v = load_vectors(tail.x);
-    store_vectors<hardware, false>(tail.out, {value(v.first), value(v.second)});
+    store_vectors<hardware, false>(tail.out, {quotient.value(v.first), quotient.value(v.second)});
     tail.write(y + i);
   }
 }
 
-// Returns the sum of the terms of the scale's gradient.
+QK_AVX512_INLINE double sum_of(Vectors sum) {
+  const __m512 lanes = _mm512_add_ps(sum.first, sum.second);
+  return _mm512_reduce_add_pd(
+      _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(lanes)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1))));
+}
+
+// The sums of the terms of the gradients of scale and offset go to `dscale` and `doffset`.
 template <bool streamed, class Quotient, class S>
-QK_AVX512_INLINE double backward_run(Quotient quotient, const S* grad, const S* x, S* dx, int64_t count,
-                                     Grid<float> grid) {
+QK_AVX512_INLINE void backward_run(Quotient quotient, const S* grad, const S* x, S* dx, int64_t count, Grid<float> grid,
+                                   double* dscale, double* doffset) {
   const __m512 lo = _mm512_set1_ps(grid.lo), hi = _mm512_set1_ps(grid.hi);
-  const auto add = [=](__m512& sum, __m512 g, __m512 x) QK_AVX512_LAMBDA {
+  const auto add = [=](__m512& scales, __m512& offsets, __m512 g, __m512 x) QK_AVX512_LAMBDA {
     const __m512 v = quotient.position(x), error = _mm512_sub_ps(round_even(v), v), at = quotient.compared(x, v);
     const __mmask16 reached = _mm512_cmp_ps_mask(at, quotient.first, _CMP_NLT_UQ);
     const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, at, quotient.last, _CMP_NGT_UQ);
     const __m512 bound = _mm512_mask_mov_ps(lo, reached, hi);
-    sum = _mm512_add_ps(sum, _mm512_mul_ps(g, _mm512_mask_mov_ps(bound, inside, error)));
+    scales = _mm512_add_ps(scales, _mm512_mul_ps(g, _mm512_mask_mov_ps(bound, inside, error)));
+    if (Quotient::offsets) offsets = _mm512_mask_add_ps(offsets, _knot_mask16(inside), offsets, g);
     return inside;
   };
-  Vectors sum = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  Vectors scales = {_mm512_setzero_ps(), _mm512_setzero_ps()}, offsets = scales;
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i <= count - kPair; i += kPair) {
@@ -200,46 +216,49 @@ QK_AVX512_INLINE double backward_run(Quotient quotient, const S* grad, const S* 
     prefetch<kPair>(x + i, false);
     if (!streamed) prefetch<kPair>(dx + i, true);
     const Vectors g = load_vectors(grad + i), v = load_vectors(x + i);
-    const __mmask16 inside = add(sum.first, g.first, v.first);
-    store_kept<streamed>(dx + i, grad + i, g, inside, add(sum.second, g.second, v.second));
+    const __mmask16 inside = add(scales.first, offsets.first, g.first, v.first);
+    store_kept<streamed>(dx + i, grad + i, g, inside, add(scales.second, offsets.second, g.second, v.second));
   }
   if (i < count) {
     Tail<S> tail(x + i, count - i);
     __builtin_memcpy(tail.grad, grad + i, tail.bytes);
     const Vectors g = load_vectors(tail.grad), v = load_vectors(tail.x);
-    const __mmask16 inside = add(sum.first, g.first, v.first);
-    store_kept<false>(tail.out, tail.grad, g, inside, add(sum.second, g.second, v.second));
+    const __mmask16 inside = add(scales.first, offsets.first, g.first, v.first);
+    store_kept<false>(tail.out, tail.grad, g, inside, add(scales.second, offsets.second, g.second, v.second));
     tail.write(dx + i);
   }
-  const __m512 lanes = _mm512_add_ps(sum.first, sum.second);
-  return _mm512_reduce_add_pd(
-      _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(lanes)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1))));
+  *dscale = sum_of(scales);
+  if (Quotient::offsets) *doffset = sum_of(offsets);
 }
 
-template <bool hardware, bool streamed, class S>
+template <bool hardware, bool streamed, bool offsets, class S>
 QK_AVX512 void forward_runs(const Walk& walk, const Rows<float>& rows, const S* x, S* y, int64_t first, int64_t last) {
   for (Run run(walk, first); run.unit < last; run.next()) {
     const Grid<float> grid = rows.grid(run.row);
     const int64_t begin = run.begin(), count = run.end() - begin;
-    const Reciprocal by = count < kWorthReciprocal ? Reciprocal{} : reciprocal(grid);
+    const Reciprocal by = offsets || count < kWorthReciprocal ? Reciprocal{} : reciprocal(grid);
     if (by.serves) {
       forward_run<hardware, streamed>(Multiplied(grid, by), x + begin, y + begin, count);
     } else {
-      forward_run<hardware, streamed>(Divided(grid), x + begin, y + begin, count);
+      forward_run<hardware, streamed>(Divided<offsets>(grid), x + begin, y + begin, count);
     }
   }
   if (streamed) _mm_sfence();
 }
-template <bool streamed, class S>
+template <bool streamed, bool offsets, class S>
 QK_AVX512 void backward_runs(const Walk& walk, const Rows<float>& rows, const S* grad, const S* x, S* dx,
-                             double* dscale, int64_t first, int64_t last) {
+                             double* dscale, double* doffset, int64_t first, int64_t last) {
   for (Run run(walk, first); run.unit < last; run.next()) {
     const Grid<float> grid = rows.grid(run.row);
     const int64_t begin = run.begin(), count = run.end() - begin;
     const S *g = grad + begin, *in = x + begin;
-    const Reciprocal by = count < kWorthReciprocal ? Reciprocal{} : reciprocal(grid);
-    dscale[run.unit] = by.serves ? backward_run<streamed>(Multiplied(grid, by), g, in, dx + begin, count, grid)
-                                 : backward_run<streamed>(Divided(grid), g, in, dx + begin, count, grid);
+    double *scale = dscale + run.unit, *offset = doffset + run.unit;
+    const Reciprocal by = offsets || count < kWorthReciprocal ? Reciprocal{} : reciprocal(grid);
+    if (by.serves) {
+      backward_run<streamed>(Multiplied(grid, by), g, in, dx + begin, count, grid, scale, offset);
+    } else {
+      backward_run<streamed>(Divided<offsets>(grid), g, in, dx + begin, count, grid, scale, offset);
+    }
   }
   if (streamed) _mm_sfence();
 }
@@ -251,22 +270,35 @@ bool past_caches(const S* out, const Walk& walk) {
   return lines && walk.numel * int64_t(sizeof(S)) >= kPastCaches && reinterpret_cast<uintptr_t>(out) % 64 == 0;
 }
 
+// f(streamed, offsets), both constants
+template <class S, class F>
+void with_loops(const Walk& walk, const Rows<float>& rows, const S* out, F&& f) {
+  const auto flag = [](bool value, auto&& next) { value ? next(std::true_type()) : next(std::false_type()); };
+  flag(past_caches(out, walk),
+       [&](auto streamed) { flag(rows.offset != nullptr, [&](auto offsets) { f(streamed, offsets); }); });
+}
+
 // Both do all of the units, or return false.
 template <class S>
 bool fake_quantize_avx512(const Walk& walk, const Rows<float>& rows, const S* x, S* y, int64_t first, int64_t last) {
   if (!has_avx512()) return false;
-  const bool hardware = std::is_same_v<S, BFloat16> && has_bfloat16(), streamed = past_caches(y, walk);
-  const auto run = hardware ? (streamed ? forward_runs<true, true, S> : forward_runs<true, false, S>)
-                            : (streamed ? forward_runs<false, true, S> : forward_runs<false, false, S>);
-  run(walk, rows, x, y, first, last);
+  with_loops(walk, rows, y, [&](auto streamed, auto offsets) {
+    if constexpr (std::is_same_v<S, BFloat16> && !offsets) {
+      if (has_bfloat16()) {
+        return forward_runs<true, streamed, offsets>(walk, rows, x, y, first, last);
+      }
+    }
+    forward_runs<false, streamed, offsets>(walk, rows, x, y, first, last);
+  });
   return true;
 }
 template <class S>
 bool fake_quantize_backward_avx512(const Walk& walk, const Rows<float>& rows, const S* grad, const S* x, S* dx,
-                                   double* dscale, int64_t first, int64_t last) {
+                                   double* dscale, double* doffset, int64_t first, int64_t last) {
   if (!has_avx512()) return false;
-  const auto run = past_caches(dx, walk) ? backward_runs<true, S> : backward_runs<false, S>;
-  run(walk, rows, grad, x, dx, dscale, first, last);
+  with_loops(walk, rows, dx, [&](auto streamed, auto offsets) {
+    backward_runs<streamed, offsets>(walk, rows, grad, x, dx, dscale, doffset, first, last);
+  });
   return true;
 }
 
@@ -277,7 +309,8 @@ bool fake_quantize_avx512(const Walk&, const Rows<float>&, const S*, S*, int64_t
   return false;
 }
 template <class S>
-bool fake_quantize_backward_avx512(const Walk&, const Rows<float>&, const S*, const S*, S*, double*, int64_t, int64_t) {
+bool fake_quantize_backward_avx512(const Walk&, const Rows<float>&, const S*, const S*, S*, double*, double*, int64_t,
+                                   int64_t) {
   return false;
 }
 

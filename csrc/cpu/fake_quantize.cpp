@@ -75,7 +75,7 @@ struct Forward {
   }
 
   QK_HD void runs(int64_t first, int64_t last) const {
-    if constexpr (centred && std::is_same_v<Compute<S>, float>) {
+    if constexpr (kind == kPlain && std::is_same_v<Compute<S>, float>) {
       if (fake_quantize_avx512(walk, rows, x, y, first, last)) return;
     }
     Compute<S> noise[kTile + 8];

@@ -80,8 +80,8 @@ QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<
                                            S* dx, Variates<S> variates, Estimator<Compute<S>> estimator, Sums sums,
                                            int64_t first, int64_t last) {
   using C = Compute<S>;
-  if constexpr (learns == Learns::kScale && std::is_same_v<C, float>) {
-    if (fake_quantize_backward_avx512(walk, rows, grad, x, dx, sums.dscale, first, last)) return;
+  if constexpr (learns != Learns::kGeneral && std::is_same_v<C, float>) {
+    if (fake_quantize_backward_avx512(walk, rows, grad, x, dx, sums.dscale, sums.doffset, first, last)) return;
   }
   C noise[kTile + 8];
   const int64_t step = kind == kPlain ? kBlock : kTile, used = std::min(kLanes, walk.inner);
