@@ -5,22 +5,36 @@
 namespace qk {
 namespace {
 
-// f(i, row) over the walk's units, elements of a row in order
-template <class F>
-QK_HD void each_element(const Walk& walk, int64_t first, int64_t last, const F& f) {
+struct OneZero {
+  int32_t zero;
+  QK_HD int32_t operator[](int64_t) const { return zero; }
+};
+
+// f(i, count, grids, zeros): elements i to i + count, and element j of them on grids[j] with the zero point zeros[j].
+template <class C, class F>
+QK_HD void each_stretch(const Walk& walk, const Rows<C>& rows, int64_t first, int64_t last, const F& f) {
+  const auto zero_of = [&](int64_t row) { return rows.zero_point ? rows.zero_point[row] : 0; };
+  if (!walk.columns) {
+    for (Run run(walk, first); run.unit < last; run.next()) {
+      f(run.begin(), run.end() - run.begin(), OneGrid<C>{rows.grid(run.row)}, OneZero{zero_of(run.row)});
+    }
+    return;
+  }
+  ColumnGrids<C> grids;
+  int32_t zeros[kTile];
+  const int64_t period = walk.rows * walk.inner;
   for (int64_t unit = first; unit < last; ++unit) {
-    if (walk.columns) {
-      const int64_t tile = unit / walk.parts, part = unit % walk.parts, period = walk.rows * walk.inner;
-      const int64_t begin = tile * walk.tile, end = std::min(begin + walk.tile, period);
-      const int64_t stop = std::min((part + 1) * walk.stretch, walk.repeats);
-      for (int64_t repeat = part * walk.stretch; repeat < stop; ++repeat) {
-        for (int64_t row = begin / walk.inner; row * walk.inner < end; ++row) {
-          f(repeat * period + row * walk.inner, repeat * period + (row + 1) * walk.inner, row);
-        }
+    const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
+    const int64_t count = std::min(walk.tile, period - column);
+    if (unit == first || part == 0) {
+      grids.fill(rows, column / walk.inner, walk.inner, count);
+      for (int64_t j = 0, row = column / walk.inner; j < count; j += walk.inner, ++row) {
+        std::fill(zeros + j, zeros + j + walk.inner, zero_of(row));
       }
-    } else {
-      const int64_t run = unit / walk.parts, begin = run * walk.inner + unit % walk.parts * kBlock;
-      f(begin, std::min(begin + kBlock, (run + 1) * walk.inner), run % walk.rows);
+    }
+    const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
+    for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
+      f(repeat * period + column, count, grids, zeros);
     }
   }
 }
@@ -28,21 +42,20 @@ QK_HD void each_element(const Walk& walk, int64_t first, int64_t last, const F& 
 template <class S>
 QK_CLONES void quantize_units(const Walk& walk, const Rows<Compute<S>>& rows, const S* x, uint8_t* q, int64_t first,
                               int64_t last) {
-  each_element(walk, first, last, [&](int64_t begin, int64_t end, int64_t row) __attribute__((always_inline)) {
-    const Grid<Compute<S>> grid = rows.grid(row);
-    const int32_t zero = rows.zero_point ? rows.zero_point[row] : 0;
-    for (int64_t i = begin; i < end; ++i) q[i] = uint8_t(quantize(load(x[i]), grid, zero));
-  });
+  each_stretch(walk, rows, first, last,
+               [&](int64_t i, int64_t count, const auto& grids, const auto& zeros) __attribute__((always_inline)) {
+                 for (int64_t j = 0; j < count; ++j) q[i + j] = uint8_t(quantize(load(x[i + j]), grids[j], zeros[j]));
+               });
 }
 
 template <class Q, class S>
 QK_CLONES void dequantize_units(const Walk& walk, const Rows<Compute<S>>& rows, const Q* q, S* y, int64_t first,
                                 int64_t last) {
-  each_element(walk, first, last, [&](int64_t begin, int64_t end, int64_t row) __attribute__((always_inline)) {
-    const Grid<Compute<S>> grid = rows.grid(row);
-    const int32_t zero = rows.zero_point ? rows.zero_point[row] : 0;
-    for (int64_t i = begin; i < end; ++i) y[i] = store<S>(dequantize(int32_t(q[i]), grid, zero));
-  });
+  each_stretch(walk, rows, first, last,
+               [&](int64_t i, int64_t count, const auto& grids, const auto& zeros) __attribute__((always_inline)) {
+                 for (int64_t j = 0; j < count; ++j)
+                   y[i + j] = store<S>(dequantize(int32_t(q[i + j]), grids[j], zeros[j]));
+               });
 }
 
 Tensor quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
