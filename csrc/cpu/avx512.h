@@ -194,13 +194,15 @@ QK_AVX512_INLINE double sum_of(Vectors sum) {
       _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(lanes)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(lanes, 1))));
 }
 
-// The sums of the terms of the gradients of scale and offset go to `dscale` and `doffset`.
-template <bool streamed, class Quotient, class S>
+// The sums of the terms of the gradients of scale and offset go to `dscale` and `doffset`. clipped: terms of the scale
+// come from elements outside alone.
+template <bool streamed, bool clipped, class Quotient, class S>
 QK_AVX512_INLINE void backward_run(Quotient quotient, const S* grad, const S* x, S* dx, int64_t count, Grid<float> grid,
                                    double* dscale, double* doffset) {
   const __m512 lo = _mm512_set1_ps(grid.lo), hi = _mm512_set1_ps(grid.hi);
   const auto add = [=](__m512& scales, __m512& offsets, __m512 g, __m512 x) QK_AVX512_LAMBDA {
-    const __m512 v = quotient.position(x), error = _mm512_sub_ps(round_even(v), v), at = quotient.compared(x, v);
+    const __m512 v = quotient.position(x), at = quotient.compared(x, v);
+    const __m512 error = clipped ? _mm512_setzero_ps() : _mm512_sub_ps(round_even(v), v);
     const __mmask16 reached = _mm512_cmp_ps_mask(at, quotient.first, _CMP_NLT_UQ);
     const __mmask16 inside = _mm512_mask_cmp_ps_mask(reached, at, quotient.last, _CMP_NGT_UQ);
     const __m512 bound = _mm512_mask_mov_ps(lo, reached, hi);
@@ -245,7 +247,7 @@ QK_AVX512 void forward_runs(const Walk& walk, const Rows<float>& rows, const S* 
   }
   if (streamed) _mm_sfence();
 }
-template <bool streamed, bool offsets, class S>
+template <bool streamed, bool clipped, bool offsets, class S>
 QK_AVX512 void backward_runs(const Walk& walk, const Rows<float>& rows, const S* grad, const S* x, S* dx,
                              double* dscale, double* doffset, int64_t first, int64_t last) {
   for (Run run(walk, first); run.unit < last; run.next()) {
@@ -255,9 +257,9 @@ QK_AVX512 void backward_runs(const Walk& walk, const Rows<float>& rows, const S*
     double *scale = dscale + run.unit, *offset = doffset + run.unit;
     const Reciprocal by = offsets || count < kWorthReciprocal ? Reciprocal{} : reciprocal(grid);
     if (by.serves) {
-      backward_run<streamed>(Multiplied(grid, by), g, in, dx + begin, count, grid, scale, offset);
+      backward_run<streamed, clipped>(Multiplied(grid, by), g, in, dx + begin, count, grid, scale, offset);
     } else {
-      backward_run<streamed>(Divided<offsets>(grid), g, in, dx + begin, count, grid, scale, offset);
+      backward_run<streamed, clipped>(Divided<offsets>(grid), g, in, dx + begin, count, grid, scale, offset);
     }
   }
   if (streamed) _mm_sfence();
@@ -292,12 +294,12 @@ bool fake_quantize_avx512(const Walk& walk, const Rows<float>& rows, const S* x,
   });
   return true;
 }
-template <class S>
+template <bool clipped, class S>
 bool fake_quantize_backward_avx512(const Walk& walk, const Rows<float>& rows, const S* grad, const S* x, S* dx,
                                    double* dscale, double* doffset, int64_t first, int64_t last) {
   if (!has_avx512()) return false;
   with_loops(walk, rows, dx, [&](auto streamed, auto offsets) {
-    backward_runs<streamed, offsets>(walk, rows, grad, x, dx, dscale, doffset, first, last);
+    backward_runs<streamed, clipped, offsets>(walk, rows, grad, x, dx, dscale, doffset, first, last);
   });
   return true;
 }
@@ -308,7 +310,7 @@ template <class S>
 bool fake_quantize_avx512(const Walk&, const Rows<float>&, const S*, S*, int64_t, int64_t) {
   return false;
 }
-template <class S>
+template <bool clipped, class S>
 bool fake_quantize_backward_avx512(const Walk&, const Rows<float>&, const S*, const S*, S*, double*, double*, int64_t,
                                    int64_t) {
   return false;

@@ -8,8 +8,9 @@ namespace {
 // What a loop computes; what it need not is dropped at compile time.
 //   kScale    dx is grad or 0 and the scale learns: no offset, the plain straight-through estimator
 //   kOffset   the offset learns as well
+//   kClipped  as kOffset, if there is one; the scale learns from clipped elements alone
 //   kGeneral  any estimator
-enum class Learns { kScale, kOffset, kGeneral };
+enum class Learns { kScale, kOffset, kClipped, kGeneral };
 
 template <int64_t kind, Learns learns, class S, class Grids>
 QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S>* n, int64_t count, const Grids& grids,
@@ -23,8 +24,9 @@ QK_HD void backward(const S* grad, const S* x, S* __restrict dx, const Compute<S
     const C variate = kind == kPlain ? C(0) : n[begin + j];
     Grid<C> grid = grids[begin + j];
     if (centred) grid.offset = 0;
-    const Gradient<C> term = fake_quantize_backward<math_kind(kind)>(load(grad[begin + j]), load(x[begin + j]), grid,
-                                                                     variate, plain ? Estimator<C>{} : estimator);
+    const Gradient<C> term =
+        fake_quantize_backward<math_kind(kind)>(load(grad[begin + j]), load(x[begin + j]), grid, variate,
+                                                plain ? Estimator<C>{learns == Learns::kClipped, C(0)} : estimator);
     const int64_t lane = std::is_same_v<Grids, OneGrid<C>> ? j : begin + j;
     out[j] = term.dx;
     dscale[lane] += term.dscale;
@@ -81,7 +83,8 @@ QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<
                                            int64_t first, int64_t last) {
   using C = Compute<S>;
   if constexpr (learns != Learns::kGeneral && std::is_same_v<C, float>) {
-    if (fake_quantize_backward_avx512(walk, rows, grad, x, dx, sums.dscale, sums.doffset, first, last)) return;
+    constexpr bool clipped = learns == Learns::kClipped;
+    if (fake_quantize_backward_avx512<clipped>(walk, rows, grad, x, dx, sums.dscale, sums.doffset, first, last)) return;
   }
   C noise[kTile + 8];
   const int64_t step = kind == kPlain ? kBlock : kTile, used = std::min(kLanes, walk.inner);
@@ -171,9 +174,11 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cpu(const Tensor& grad
       });
     };
     constexpr std::integral_constant<int64_t, kPlain> plain;
-    if (drawn.kind != kPlain || clip_only || ewgs != 0) {
+    if (drawn.kind != kPlain || ewgs != 0) {
       with_kind<kBackwardKinds>(drawn.kind,
                                 [&](auto kind) { run(kind, std::integral_constant<Learns, Learns::kGeneral>()); });
+    } else if (clip_only) {
+      run(plain, std::integral_constant<Learns, Learns::kClipped>());
     } else if (offset) {
       run(plain, std::integral_constant<Learns, Learns::kOffset>());
     } else {
