@@ -1,6 +1,6 @@
-// The loops of the quantizer with AVX-512, for runs of one row without noise. In intrinsics: they take
-// bfloat16 apart and put dx together in half of the instructions that g++ finds. Long runs multiply
-// (math/reciprocal.h), which is faster where division is slow; short ones divide.
+// The loops of the quantizer with AVX-512, for runs of one row without noise. In intrinsics: they take bfloat16 apart
+// and put dx together in half of the instructions that g++ finds. Long runs multiply (math/reciprocal.h), which is
+// faster where division is slow; short ones divide.
 #pragma once
 #include "cpu/walk.h"
 #include "math/reciprocal.h"
@@ -11,8 +11,7 @@ constexpr int64_t kPair = 32;  // elements that are taken together
 // Bytes of output from which on it is written past the caches: its lines are not read first, and push nothing out. A
 // whole training step is as fast either way; the op alone gains a tenth to a third.
 constexpr int64_t kPastCaches = int64_t(1) << 23;
-// Elements of a run for which its reciprocal is worth 10 ns: less where division is slow, never where it is fast (Zen
-// 5).
+// Elements of a run for which its reciprocal, 10 ns, is worth computing. On Zen 5 division is as fast at any length.
 constexpr int64_t kWorthReciprocal = 512;
 
 #ifdef QK_X86_CLONES
@@ -37,8 +36,7 @@ inline bool has_bfloat16() {
   return has;
 }
 
-// kMultiplied elements as two vectors. Those of bfloat16 are the even and the odd ones, which is the cheapest to take
-// apart.
+// kPair elements. Those of bfloat16 are the even and the odd ones, which is the cheapest to take apart.
 struct Vectors {
   __m512 first, second;
 };
@@ -254,7 +252,7 @@ QK_AVX512 void backward_runs(const Walk& walk, const Rows<float>& rows, const S*
     const Grid<float> grid = rows.grid(run.row);
     const int64_t begin = run.begin(), count = run.end() - begin;
     const S *g = grad + begin, *in = x + begin;
-    double *scale = dscale + run.unit, *offset = doffset + run.unit;
+    double *scale = dscale + run.unit, *offset = offsets ? doffset + run.unit : nullptr;
     const Reciprocal by = offsets || count < kWorthReciprocal ? Reciprocal{} : reciprocal(grid);
     if (by.serves) {
       backward_run<streamed, clipped>(Multiplied(grid, by), g, in, dx + begin, count, grid, scale, offset);

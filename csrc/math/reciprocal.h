@@ -1,4 +1,4 @@
-// rint(x / scale) without the division, for loops in which it is slower than the memory. No offset, no noise.
+// rint(x / scale) without the division, for processors on which it is slower than the memory. No offset, no noise.
 //
 // With inverse = 1 / scale, rounded,
 //   w = x * inverse,  v = fma(fma(-w, scale, x), inverse, w)

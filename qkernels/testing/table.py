@@ -29,7 +29,7 @@ EDGES = {(): ("tensor",), (1,): ("tensor", "axis0"), (0,): ("tensor",), (257,): 
 TIMED = {
     "activation": {(64, 64, 28, 28): ("tensor", "axis1"), (64, 64, 56, 56): ("tensor", "axis1")},
     "weight": {(64, 64, 3, 3): ("tensor", "axis0"), (512, 512, 3, 3): ("tensor", "axis0")},
-    "linear": {(1024, 1024): ("axis0", "group"), (4096, 4096): ("axis0", "token")},
+    "linear": {(1024, 1024): ("axis0", "axis1", "group"), (4096, 4096): ("axis0", "token")},
     "noise": {(512, 512, 3, 3): ("tensor",), (64, 64, 28, 28): ("tensor",)},
     "distance": {(64, 256, 14, 14): ("axis1",)},
 }
