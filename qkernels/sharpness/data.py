@@ -89,9 +89,11 @@ class Data:
         shares, rest = index[: num * width].view(num, width), index[num * width :]
         order = torch.cat([*(shares.roll(-turn, 0) for turn in range(num)), rest.expand(num, -1)], 1)
         while done < self.size:
-            goal = min(self.first, width) if done == 0 else max(wanted(), done + 1)
-            if 0 < done or width == 0:
-                goal = math.ceil(goal / width) * width if 0 < goal < num * width else self.size
+            goal = math.ceil(max(wanted(), done + 1) / max(width, 1)) * width
+            if done == 0 and width:
+                goal = min(self.first, width)
+            elif not done < goal < num * width:
+                goal = self.size
             for part in order[:, done:goal].split(self.most, 1):
                 yield part, x[part], target[part]
             done = goal

@@ -1,0 +1,204 @@
+"""Run folders: what a run leaves, Ctrl-C, resume, and the recipes from end to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import QUANTIZED, TINY, Tiny, assert_same
+
+from qkernels.training import build, checkpoint, load_run, make_config, train
+from qkernels.training.engine import Interrupt, Trainer
+from qkernels.training.run import Interrupted
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("tiny")
+
+
+def test_a_run_folder(tmp_path):
+    out = tmp_path / "run"
+    config = make_config(**TINY, recipe="float", seed=3)
+    result = train(config, out, quiet=True, keep_best=True, tensorboard=True)
+    assert json.loads((out / "config.json").read_text()) == config
+    assert json.loads((out / "result.json").read_text()) == result
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [0, 1]
+    keys = "epoch lr train_loss train_acc test_loss test_acc seconds step_ms images_per_s"
+    assert all(line.keys() == set(keys.split()) for line in log)
+    assert log[1]["test_acc"] == result["test_acc"] > 0.5
+    expected = {"model": "tiny", "recipe": "float", "weight_bits": 32, "act_bits": 32, "seed": 3, "epochs": 2}
+    assert result.items() >= expected.items() and result["params"] == sum(
+        p.numel() for p in Tiny().parameters()
+    )
+    initial = checkpoint.load_model(out / "initial.safetensors")
+    torch.manual_seed(3)
+    assert_same(initial["conv1.weight"], Tiny().conv1.weight.data)
+    assert list((out / "tensorboard").iterdir()) and checkpoint.load_model(out / "best")
+    model, data, again = load_run(out)
+    assert again == config and not model.training
+    correct = sum((model(x).argmax(1) == target).sum().item() for x, target in data.test)
+    assert correct / 128 == result["test_acc"]
+
+
+def test_a_run_is_not_overwritten_and_a_complete_one_not_repeated(tmp_path, capsys):
+    out = tmp_path / "run"
+    config = make_config(**{**TINY, "epochs": 1}, recipe="float")
+    result = train(config, out, quiet=True)
+    with pytest.raises(
+        FileExistsError, match="--out: .*run already holds a run; add --resume to continue it"
+    ):
+        train(config, out, quiet=True)
+    before = (out / "log.jsonl").stat().st_mtime_ns
+    assert train(config, out, resume=True) == result
+    assert "this run is complete" in capsys.readouterr().err
+    assert (out / "log.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"data": "mnist"}, ValueError, "spec='mnist': unknown data set"),
+        ({"data": "cifar10:/nowhere"}, FileNotFoundError, "/nowhere is not a folder"),
+        ({"init": "/nowhere"}, FileNotFoundError, "/nowhere is neither a .safetensors file nor a folder"),
+        ({"schedule": "step", "milestones": [80]}, ValueError, "milestones: .80. are not fractions"),
+        ({"sharpness": {"kind": "max"}}, ValueError, "sharpness.kind: 'max' is not one of sam, saq"),
+    ],
+)
+def test_bad_input_fails_before_anything_is_written(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(make_config(**{**TINY, "recipe": "float", **changes}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    other = Tiny(classes=7).state_dict()
+    other["more"] = other.pop("conv1.bias")
+    checkpoint.save_tensors(tmp_path / "w.safetensors", other)
+    message = (
+        r"1 missing \(first: conv1.bias\), 1 unknown \(first: more\), 2 of another shape \(first: fc.bias\)"
+    )
+    with pytest.raises(
+        ValueError, match="init: .*w.safetensors does not hold this network's weights: " + message
+    ):
+        build.load_weights(Tiny(), tmp_path / "w.safetensors")
+
+
+def test_device_errors(tmp_path):
+    config = make_config(**TINY, recipe="float")
+    with pytest.raises(
+        ValueError, match="--device: 'gpu' is not a device; expected auto, cpu, cuda or cuda:N"
+    ):
+        train(config, tmp_path / "run", device="gpu")
+    with pytest.raises(ValueError, match="--device: 'cuda:99' is not there; this torch sees"):
+        train(config, tmp_path / "run", device="cuda:99")
+    with pytest.raises(FileNotFoundError, match="is not a run folder: it has no config.json"):
+        load_run(tmp_path)
+
+
+def interrupting(monkeypatch, step):
+    """Makes the n-th training step of this process receive Ctrl-C."""
+    plain, count = Trainer._step, iter(range(1, 10**6))
+
+    def stepping(self, batches):
+        if next(count) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", stepping)
+
+
+@pytest.mark.parametrize(
+    "recipe, step",
+    [
+        ("float", 3),
+        ("float", 16),
+        ("lsq", 5),
+        ("lsq", 40),
+        ("fpq", 21),
+        ("saq", 22),
+        ("sam_then_sgd", 6),
+        ("qgen", 19),
+    ],
+)
+def test_ctrl_c_then_resume_is_the_uninterrupted_run(tmp_path, monkeypatch, capsys, recipe, step):
+    """lsq trains 16 float steps first, so it is stopped once in the float phase and once after it."""
+    config = make_config(**TINY, recipe=recipe, float_epochs=1, bn_reestimate=2)
+    train(config, tmp_path / "whole", quiet=True)
+    out = tmp_path / "part"
+    handler = signal.getsignal(signal.SIGINT)
+    interrupting(monkeypatch, step)
+    with pytest.raises(
+        Interrupted, match=r"stopped; continue with: qkernels train --out .*part --resume"
+    ) as caught:
+        train(config, out, quiet=True)
+    assert caught.value.signal == signal.SIGINT and signal.getsignal(signal.SIGINT) is handler
+    assert not (out / "result.json").exists()
+    result = train(config, out, resume=True)
+    assert "continuing from" in capsys.readouterr().err
+    assert_same(checkpoint.load_model(out), checkpoint.load_model(tmp_path / "whole"))
+    whole = json.loads((tmp_path / "whole" / "result.json").read_text())
+    timing = ("seconds", "step_ms")
+    assert {k: v for k, v in result.items() if k not in timing} == {
+        k: v for k, v in whole.items() if k not in timing
+    }
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_log_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path, monkeypatch):
+    """A crash between the log and the checkpoint leaves a line too many, perhaps half of one."""
+    config, out = make_config(**TINY, recipe="float"), tmp_path / "run"
+    interrupting(monkeypatch, 20)
+    with pytest.raises(Interrupted):
+        train(config, out, quiet=True)
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"epoch": 1, "train_loss": 9}\n{"epoch": 2, "tr')
+    train(config, out, resume=True, quiet=True)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [0, 1] and log[1]["train_loss"] < 9
+
+
+@pytest.mark.parametrize("recipe", QUANTIZED)
+def test_quantized_recipes_train_and_reload(tmp_path, recipe):
+    start = tmp_path / "float"
+    train(make_config(**{**TINY, "epochs": 3}, recipe="float"), start, quiet=True)
+    config = make_config(**TINY, recipe=recipe, init=start, weight_bits=4, act_bits=4)
+    result = train(config, tmp_path / "q", quiet=True)
+    assert result["test_acc"] > 0.5 and (result["weight_bits"], result["act_bits"]) == (4, 4)
+    model, data, _ = load_run(tmp_path / "q")
+    x, target = next(iter(data.test))
+    trained = checkpoint.load_model(tmp_path / "q")
+    assert_same(dict(model.state_dict()), trained)
+    correct = sum((model(x).argmax(1) == target).sum().item() for x, target in data.test)
+    assert correct / 128 == result["test_acc"]
+    assert len(trained) > len(Tiny().state_dict())  # quantizers have state of their own
+
+
+@pytest.mark.parametrize("recipe", ["float"])
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, recipe):
+    common = ["-m", "qkernels", "train", "--recipe", recipe, "--model", "vit_tiny", "--data", "fake:3x8x8:4"]
+    common += ["--epochs", "1", "--no-augment", "--lr", "0.01", "--device", "cpu", "--threads", "1"]
+    one = [*common, "--batch-size", "64", "--out", str(tmp_path / "one")]
+    two = [*common, "--batch-size", "32", "--out", str(tmp_path / "two")]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for command in (one, [*run, *two]):
+        command = [sys.executable, *command]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert [result["processes"] for result in results] == [1, 2]
+    weights = [checkpoint.load_model(tmp_path / name) for name in ("one", "two")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-5)
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
+    assert done.stdout.count("test accuracy") == 1  # one process reports
