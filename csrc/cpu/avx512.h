@@ -170,18 +170,20 @@ struct Tail {
 
 template <bool hardware, bool streamed, class Quotient, class S>
 QK_AVX512_INLINE void forward_run(Quotient quotient, const S* x, S* y, int64_t count) {
+  const auto pair = [=](auto past_caches, const S* from, S* to) QK_AVX512_LAMBDA {
+    const Vectors v = load_vectors(from);
+    store_vectors<hardware, past_caches>(to, {quotient.value(v.first), quotient.value(v.second)});
+  };
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i <= count - kPair; i += kPair) {
     prefetch<kPair>(x + i, false);
     if (!streamed) prefetch<kPair>(y + i, true);
-    const Vectors v = load_vectors(x + i);
-    store_vectors<hardware, streamed>(y + i, {quotient.value(v.first), quotient.value(v.second)});
+    pair(std::bool_constant<streamed>(), x + i, y + i);
   }
   if (i < count) {
     Tail<S> tail(x + i, count - i);
-    const Vectors v = load_vectors(tail.x);
-    store_vectors<hardware, false>(tail.out, {quotient.value(v.first), quotient.value(v.second)});
+    pair(std::false_type(), tail.x, tail.out);
     tail.write(y + i);
   }
 }
@@ -209,22 +211,23 @@ QK_AVX512_INLINE void backward_run(Quotient quotient, const S* grad, const S* x,
     return inside;
   };
   Vectors scales = {_mm512_setzero_ps(), _mm512_setzero_ps()}, offsets = scales;
+  const auto pair = [&](auto past_caches, const S* g_from, const S* x_from, S* to) QK_AVX512_LAMBDA {
+    const Vectors g = load_vectors(g_from), v = load_vectors(x_from);
+    const __mmask16 inside = add(scales.first, offsets.first, g.first, v.first);
+    store_kept<past_caches>(to, g_from, g, inside, add(scales.second, offsets.second, g.second, v.second));
+  };
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i <= count - kPair; i += kPair) {
     prefetch<kPair>(grad + i, false);
     prefetch<kPair>(x + i, false);
     if (!streamed) prefetch<kPair>(dx + i, true);
-    const Vectors g = load_vectors(grad + i), v = load_vectors(x + i);
-    const __mmask16 inside = add(scales.first, offsets.first, g.first, v.first);
-    store_kept<streamed>(dx + i, grad + i, g, inside, add(scales.second, offsets.second, g.second, v.second));
+    pair(std::bool_constant<streamed>(), grad + i, x + i, dx + i);
   }
   if (i < count) {
     Tail<S> tail(x + i, count - i);
     __builtin_memcpy(tail.grad, grad + i, tail.bytes);
-    const Vectors g = load_vectors(tail.grad), v = load_vectors(tail.x);
-    const __mmask16 inside = add(scales.first, offsets.first, g.first, v.first);
-    store_kept<false>(tail.out, tail.grad, g, inside, add(scales.second, offsets.second, g.second, v.second));
+    pair(std::false_type(), tail.grad, tail.x, tail.out);
     tail.write(dx + i);
   }
   *dscale = sum_of(scales);

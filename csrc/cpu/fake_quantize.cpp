@@ -84,7 +84,7 @@ struct Forward {
       const OneGrid<Compute<S>> grids{rows.grid(run.row)};
       const int64_t end = run.end();
       for (int64_t i = run.begin(); i < end; i += step) {
-        stretch(i, std::min(step, end - i), grids, noise, kPage / int64_t(sizeof(S)));
+        stretch(i, std::min(step, end - i), grids, noise, kPage<S>);
       }
     }
   }
@@ -92,14 +92,11 @@ struct Forward {
   QK_HD void columns(int64_t first, int64_t last) const {
     Compute<S> noise[kTile + 8];
     ColumnGrids<Compute<S>> grids;
-    const int64_t period = walk.rows * walk.inner;
     for (int64_t unit = first; unit < last; ++unit) {
-      const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
-      const int64_t count = std::min(walk.tile, period - column);
-      if (unit == first || part == 0) grids.fill(rows, column / walk.inner, walk.inner, count);
-      const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
-      for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
-        stretch(repeat * period + column, count, grids, noise, period);
+      const Patch patch(walk, unit);
+      if (unit == first || patch.part == 0) grids.fill(rows, patch.row, walk.inner, patch.count);
+      for (int64_t repeat = patch.first; repeat < patch.last; ++repeat) {
+        stretch(repeat * patch.period + patch.column, patch.count, grids, noise, patch.period);
       }
     }
   }

@@ -95,7 +95,7 @@ QK_CLONES void fake_quantize_backward_runs(const Walk& walk, const Rows<Compute<
     for (int64_t i = run.begin(); i < end; i += step) {
       const int64_t count = std::min(step, end - i);
       backward<kind, learns>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
-                             dscale, doffset, kPage / int64_t(sizeof(S)));
+                             dscale, doffset, kPage<S>);
     }
     sums.dscale[run.unit] = sum_of_lanes(dscale, used);
     if (sums.doffset) sums.doffset[run.unit] = sum_of_lanes(doffset, used);
@@ -109,22 +109,19 @@ QK_CLONES void fake_quantize_backward_columns(const Walk& walk, const Rows<Compu
   using C = Compute<S>;
   C noise[kTile + 8], dscale[kTile], doffset[kTile];
   ColumnGrids<C> grids;
-  const int64_t period = walk.rows * walk.inner;
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
-    const int64_t count = std::min(walk.tile, period - column);
-    if (unit == first || part == 0) grids.fill(rows, column / walk.inner, walk.inner, count);
-    std::fill(dscale, dscale + count, C(0));
-    std::fill(doffset, doffset + count, C(0));
-    const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
-    for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
-      const int64_t i = repeat * period + column;
-      backward<kind, learns>(grad + i, x + i, dx + i, draw<kind>(variates, i, count, noise), count, grids, estimator,
-                             dscale, doffset, period);
+    const Patch patch(walk, unit);
+    if (unit == first || patch.part == 0) grids.fill(rows, patch.row, walk.inner, patch.count);
+    std::fill(dscale, dscale + patch.count, C(0));
+    std::fill(doffset, doffset + patch.count, C(0));
+    for (int64_t repeat = patch.first; repeat < patch.last; ++repeat) {
+      const int64_t i = repeat * patch.period + patch.column;
+      backward<kind, learns>(grad + i, x + i, dx + i, draw<kind>(variates, i, patch.count, noise), patch.count, grids,
+                             estimator, dscale, doffset, patch.period);
     }
-    const int64_t row = part * walk.rows + column / walk.inner;
-    sum_rows(dscale, count, walk.inner, sums.dscale + row);
-    if (sums.doffset) sum_rows(doffset, count, walk.inner, sums.doffset + row);
+    const int64_t at = patch.part * walk.rows + patch.row;
+    sum_rows(dscale, patch.count, walk.inner, sums.dscale + at);
+    if (sums.doffset) sum_rows(doffset, patch.count, walk.inner, sums.doffset + at);
   }
 }
 

@@ -22,19 +22,16 @@ QK_HD void each_stretch(const Walk& walk, const Rows<C>& rows, int64_t first, in
   }
   ColumnGrids<C> grids;
   int32_t zeros[kTile];
-  const int64_t period = walk.rows * walk.inner;
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
-    const int64_t count = std::min(walk.tile, period - column);
-    if (unit == first || part == 0) {
-      grids.fill(rows, column / walk.inner, walk.inner, count);
-      for (int64_t j = 0, row = column / walk.inner; j < count; j += walk.inner, ++row) {
+    const Patch patch(walk, unit);
+    if (unit == first || patch.part == 0) {
+      grids.fill(rows, patch.row, walk.inner, patch.count);
+      for (int64_t j = 0, row = patch.row; j < patch.count; j += walk.inner, ++row) {
         std::fill(zeros + j, zeros + j + walk.inner, zero_of(row));
       }
     }
-    const int64_t end = std::min((part + 1) * walk.stretch, walk.repeats);
-    for (int64_t repeat = part * walk.stretch; repeat < end; ++repeat) {
-      f(repeat * period + column, count, grids, zeros);
+    for (int64_t repeat = patch.first; repeat < patch.last; ++repeat) {
+      f(repeat * patch.period + patch.column, patch.count, grids, zeros);
     }
   }
 }

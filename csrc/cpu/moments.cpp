@@ -197,18 +197,15 @@ QK_CLONES void backward_columns(const Walk& walk, const Slope<Compute<S>>* slope
                                 int64_t first, int64_t last) {
   using C = Compute<S>;
   C mean_s[kTile], mean_t[kTile], p[kTile], q[kTile], rest[kTile];
-  const int64_t period = walk.rows * walk.inner;
   for (int64_t unit = first; unit < last; ++unit) {
-    const int64_t tile = unit / walk.parts, part = unit % walk.parts, column = tile * walk.tile;
-    const int64_t count = std::min(walk.tile, period - column);
-    for (int64_t j = 0; j < count; ++j) {
-      const Slope<C>& k = slopes[(column + j) / walk.inner];
+    const Patch patch(walk, unit);
+    for (int64_t j = 0; j < patch.count; ++j) {
+      const Slope<C>& k = slopes[(patch.column + j) / walk.inner];
       mean_s[j] = k.mean_s, mean_t[j] = k.mean_t, p[j] = k.p, q[j] = k.q, rest[j] = k.rest;
     }
-    const int64_t stop = std::min((part + 1) * walk.stretch, walk.repeats);
-    for (int64_t repeat = part * walk.stretch; repeat < stop; ++repeat) {
-      const int64_t i = repeat * period + column;
-      for (int64_t j = 0; j < count; ++j) {
+    for (int64_t repeat = patch.first; repeat < patch.last; ++repeat) {
+      const int64_t i = repeat * patch.period + patch.column;
+      for (int64_t j = 0; j < patch.count; ++j) {
         const Slope<C> slope{mean_s[j], mean_t[j], p[j], q[j], rest[j]};
         ds[i + j] = store<S>(standardized_distance_backward(load(s[i + j]), load(t[i + j]), slope));
       }

@@ -86,13 +86,14 @@ QK_HD void store_block(const decltype(load(S()))* from, S* to) {
   }
 }
 
-constexpr int64_t kPage = 4096;
+template <class S>
+constexpr int64_t kPage = 4096 / sizeof(S);  // elements
 
 // Ask for what is read, or written, `distance` further on: the hardware's own prefetch stops at every page, and with
 // two or three streams each stop costs more than the arithmetic (a quarter of the time of a pass over cold memory,
 // measured).
 template <int64_t count, class S>
-QK_HD void prefetch(const S* at, bool written, int64_t distance = kPage / sizeof(S)) {
+QK_HD void prefetch(const S* at, bool written, int64_t distance = kPage<S>) {
   const char* ahead = reinterpret_cast<const char*>(at + distance);
   for (int64_t byte = 0; byte < count * int64_t(sizeof(S)); byte += 64) {
     if (written) {

@@ -64,6 +64,21 @@ struct Run {
   }
 };
 
+// One unit of a walk along columns: `count` columns from `column` on, in the repetitions `first` to `last`.
+struct Patch {
+  int64_t part, column, count, row, first, last, period;
+
+  QK_HD Patch(const Walk& walk, int64_t unit)
+      : part(unit % walk.parts),
+        column(unit / walk.parts * walk.tile),
+        row(column / walk.inner),
+        first(part * walk.stretch),
+        last(std::min(first + walk.stretch, walk.repeats)),
+        period(walk.rows * walk.inner) {
+    count = std::min(walk.tile, period - column);
+  }
+};
+
 // Pointers to the rows' numbers. An absent offset or zero point is null.
 template <class C>
 struct Rows {

@@ -71,7 +71,7 @@ class Subject:
     def logits(self, effective, x):
         """What the network makes of images x, in the order of memory its convolutions are fastest with.
 
-        Channels last is 1.0 to 1.9 times faster on the CPU, forward alone, and up to 1.6 with the gradient.
+        On the CPU channels last is mostly 1.0 to 1.9 times faster, forward alone, and up to 1.6 with the gradient.
         """
         if self.channels_last and x.dim() == 4:
             try:
