@@ -10,7 +10,7 @@ _FIRST_SHARE = 16  # at least so many of each copy's
 # Numbers of a batch on the CPU, and of the first one: with fewer, calls of layers cost more than their arithmetic; with
 # more, activations leave the caches (resnet20, 8x8 and 32x32 images: up to 1.5x a pass). Memory is for the loader's
 # batches: at most four of them are put together.
-_NUMBERS, _FIRST_NUMBERS = 1 << 18, 1 << 12
+_NUMBERS, _FIRST_NUMBERS = 1 << 17, 1 << 12
 
 
 class Data:
