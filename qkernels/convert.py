@@ -157,7 +157,8 @@ def quantize_(model, config=None, **settings):
         quantizer.seeds, quantizer.stream = seeds, stream
         noisy = noisy or quantizer.noise is not None
     if noisy:
-        model.register_forward_pre_hook(seeds.renew)
+        model.register_forward_pre_hook(seeds.begin)
+        model.register_forward_hook(seeds.end, always_call=True)
     left = candidates.said(model, config.exclude)
     if left:
         warnings.warn(f"left in floating point: {left} (silent for those in exclude)", stacklevel=2)

@@ -107,12 +107,14 @@ class IntegerWeight(nn.Module):
     """A frozen weight as packed integers with its grid; calling it gives the values fake_quantize gave, bit for bit.
 
     packed: uint8 bytes; scale (rows,), offset, zero_point as the grid had them. Stored with 2, 4 or 8 bits per level.
+    The values keep the weight's order of memory, for it is what a convolution chooses its algorithm by.
     """
 
     def __init__(self, quantizer, weight):
         super().__init__()
         levels, grid = quantizer.integers(weight)
         self.shape, self.axis, self.dtype = tuple(weight.shape), quantizer.axis, weight.dtype
+        self.strides = torch.empty_like(weight).stride()
         self.rows = quantizer.rows
         self.bits = next(b for b in (2, 4, 8) if b >= quantizer.bits)
         self.signed = levels.dtype == torch.int8
@@ -124,12 +126,16 @@ class IntegerWeight(nn.Module):
             self.register_buffer(name, grid[name].clone())
 
     def integers(self):
-        """The levels, int8 or uint8, in the weight's shape."""
-        return ops.unpack(self.packed, self.bits, self.shape, self.signed)
+        """The levels, int8 or uint8, in the weight's shape and order of memory."""
+        levels = ops.unpack(self.packed, self.bits, self.shape, self.signed)
+        if levels.stride() == self.strides:
+            return levels
+        return levels.new_empty_strided(self.shape, self.strides).copy_(levels)
 
     def _apply(self, fn, recurse=True):
-        # model.to(dtype) moves the dtype of the values too, though no parameter holds it.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        # model.to(dtype, memory_format) is for the values too, though no parameter holds them.
+        values = fn(torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.packed.device))
+        self.dtype, self.strides = values.dtype, values.stride()
         return super()._apply(fn, recurse)
 
     def forward(self, _=None):

@@ -226,7 +226,7 @@ class ClipWeight(Quantizer):
         self.weight_norm = weight_norm
 
     def prepare(self, x):
-        if self.weight_norm == "none":
+        if self.weight_norm == "none" or x.numel() < 2:  # one number has no deviation
             return x
         deviation, mean = torch.std_mean(x.detach() if self.weight_norm == "detach" else x)
         return (x - mean) / _nonzero(deviation)
@@ -306,23 +306,34 @@ class DoReFaActivation(Quantizer):
 class SeedSource:
     """The seed of this step, one draw for a whole model; layers differ by their stream.
 
-    ``renew`` is the model's forward pre-hook. The seed is a new int64 tensor each time, drawn from torch's generator,
-    so that torch.manual_seed and checkpoints of the generator reproduce a run. Activation checkpointing inside the
-    model recomputes with the latest seed: each forward needs its backward before the next forward.
+    ``begin`` and ``end`` are the model's forward hooks; layers that are called outside of its forward draw for
+    themselves. The seed is a new int64 tensor each time, drawn from torch's generator, so that torch.manual_seed and
+    checkpoints of the generator reproduce a run. Activation checkpointing inside the model recomputes with the latest
+    seed: each forward needs its backward before the next forward.
     """
 
-    def __init__(self):
-        self.seed = None
+    def __init__(self, seed=None):
+        self.seed, self.held = seed, seed is not None
 
-    def renew(self, module, args):
-        if module.training:
-            like = next(module.parameters())
-            self.seed = torch.ops.qkernels.draw_seed(like)
+    def begin(self, module, args):
+        self.seed = torch.ops.qkernels.draw_seed(next(module.parameters())) if module.training else None
+        self.held = True
+
+    def end(self, module, args, output):
+        self.held = False
 
     def current(self, x):
+        if not self.held and not (self.seed is not None and _in_backward()):
+            self.seed = None
+            return torch.ops.qkernels.draw_seed(x)
         if self.seed is None or self.seed.device != x.device:
             self.seed = torch.ops.qkernels.draw_seed(x)
         return self.seed
+
+
+def _in_backward():
+    """Whether autograd runs: what is computed now is computed again, for activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
 
 
 def _positive(scale):

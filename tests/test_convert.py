@@ -254,10 +254,34 @@ def test_layers_draw_different_noise():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = model[0].weight
     qk.quantize_(model, method="diffq", act_bits=None).train()
+    seen = []
+    model[1].register_forward_hook(lambda *_: seen.extend(model[i].quantized_weight() for i in (0, 0, 1)))
     model(torch.randn(2, 16))
-    first, again, second = (model[i].quantized_weight() for i in (0, 0, 1))
+    first, again, second = seen
     assert torch.equal(first, again), "within a step a layer's noise stays"
     assert not torch.equal(first, second)
+
+
+def test_parts_of_a_model_called_alone_draw_their_own_noise():
+    model, x = noisy("diffq"), torch.randn(2, 4, 5, 5)
+    assert not torch.equal(model.body(x), model.body(x)), "before the first forward of the model"
+    model(batch())
+    assert not torch.equal(model.body(x), model.body(x)), "and after"
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 3, 5, 5))
+    assert not torch.equal(model.body(x), model.body(x)), "and after one that failed"
+    model.eval().head.train()
+    assert not torch.equal(model(batch()), model(batch())), "a part in training in a model in evaluation"
+
+
+def test_checkpointing_a_part_called_alone_recomputes_the_same_noise():
+    model, x, results = noisy("diffq"), torch.randn(2, 4, 5, 5), []
+    for run in (model.body, lambda x: checkpoint(model.body, x, use_reentrant=False)):
+        torch.manual_seed(4)
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), list(model.body.parameters()))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("outer", [False, True])
@@ -312,6 +336,20 @@ def test_converted_outputs_are_the_same_bits(method, bits, axis):
         assert same_bits(layer.quantized_weight(), weights[name])
         levels = layer.weight_quantizer.integers()
         assert levels.dtype in (torch.int8, torch.uint8) and levels.unique().numel() <= 2**bits
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_converted_weights_keep_their_order_of_memory(before):
+    """It is what a convolution chooses its algorithm, and so its rounding, by."""
+    model = calibrated(weight_bits=4).to(memory_format=torch.channels_last).eval()
+    y = model(batch())
+    strides = [layer.quantized_weight().stride() for _, layer in convert.layers(model)]
+    assert strides[0] != model.stem.weight.contiguous().stride()
+    if not before:
+        model.to(memory_format=torch.contiguous_format)
+    qk.convert_(model).to(memory_format=torch.channels_last)
+    assert [layer.quantized_weight().stride() for _, layer in convert.layers(model)] == strides
+    assert same_bits(model(batch()), y)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -322,8 +322,7 @@ def _private(model, training):
 
 def _set_noise(model, noisy, seed):
     """Noise of one step in the quantizers ``noisy`` and in no other."""
-    source = SeedSource()
-    source.seed = seed
+    source = SeedSource(seed)
     for quantizer in quantizers(model):
         quantizer.noise = None
     for quantizer in noisy:
