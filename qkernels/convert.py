@@ -12,7 +12,7 @@ from . import backend, candidates
 from . import nn as qnn
 from . import noise as noises
 from . import quantizers as q
-from .observe import Statistics
+from .observe import Statistics, inputs, share_reached
 
 
 @dataclass(frozen=True)
@@ -225,13 +225,11 @@ def calibrate(model, loader, batches=8):
             quantizer.statistics = Statistics(quantizer.axis)
         seen = 0
         for batch in islice(loader, batches):
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            if not isinstance(x, torch.Tensor):
-                raise TypeError(f"loader must give tensors or (tensor, ...) tuples, got {type(x).__name__}")
-            model(x.to(device))
+            model(inputs(batch).to(device))
             seen += 1
         if seen == 0:
             raise ValueError("loader gave no batch")
+        share_reached([quantizer.statistics for quantizer in observed], device)
         reached = _reached(model, observed)
         statistics = [quantizer.statistics.agreed() for quantizer in reached]
         broken = [a for a, seen in zip(reached, statistics, strict=True) if not seen.sums.isfinite().all()]

@@ -134,7 +134,9 @@ class IntegerWeight(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # model.to(dtype, memory_format) is for the values too, though no parameter holds them.
-        values = fn(torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.packed.device))
+        values = fn(
+            torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.packed.device)
+        )
         self.dtype, self.strides = values.dtype, values.stride()
         return super()._apply(fn, recurse)
 

@@ -6,6 +6,29 @@ import torch.distributed as dist
 _SAMPLES = 8192  # kept per batch for the least-squares range
 
 
+def inputs(batch):
+    """The model's input of a batch, a tensor or (tensor, ...). TypeError for anything else."""
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"loader must give tensors or (tensor, ...) tuples, got {type(x).__name__}")
+    return x
+
+
+def share_reached(statistics, device):
+    """Where any process has seen data, those that have not get empty statistics: then all agree on the same ones."""
+    if not _several():
+        return
+    reached = torch.tensor([s.sums is not None for s in statistics], dtype=torch.uint8, device=device)
+    dist.all_reduce(reached, op=dist.ReduceOp.MAX)
+    for mine, anywhere in zip(statistics, reached.tolist(), strict=True):
+        if anywhere and mine.sums is None:
+            mine.clear(device)
+
+
+def _several():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 class Statistics:
     """Count, sums and extremes per row (``axis``), or of the whole tensor, in float64; and a strided sample of it."""
 
@@ -30,11 +53,17 @@ class Statistics:
         # An odd stride: images and channels are powers of two, and the sample must not follow one column of them.
         self.samples.append(flat[:: -(-flat.numel() // _SAMPLES) | 1].double())
 
+    def clear(self, device):
+        """No data, per tensor."""
+        self.sums = torch.zeros(4, 1, dtype=torch.float64, device=device)
+        self.minimum, self.maximum = self.sums[0] + torch.inf, self.sums[0] - torch.inf
+        self.samples = [self.sums[0, :0]]
+
     def agreed(self):
         """self, after the processes of the default group have joined what they saw."""
         if self.sums is None:
             raise RuntimeError("no data was seen: the loader gave no batch, or this layer never ran")
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if _several():
             dist.all_reduce(self.sums)
             dist.all_reduce(self.minimum, op=dist.ReduceOp.MIN)
             dist.all_reduce(self.maximum, op=dist.ReduceOp.MAX)

@@ -80,6 +80,8 @@ class Quantizer(nn.Module):
             self.statistics.update(x)
             return x
         if not self.started:
+            self._adopt()
+        if not self.started:
             self._start_from_batch(x)
         x = self.prepare(x)
         quant_min, quant_max = self.bounds()
@@ -126,10 +128,16 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "state" in state_dict:
-            state = int(state_dict[prefix + "state"])
-            self.started = state > 0
-            if self.started:
-                self.signed = state == 2
+            self._adopt()
+
+    def _adopt(self):
+        """What the buffer says: a checkpoint, or a copy of another model's buffers, sets that alone."""
+        if torch.compiler.is_compiling() or self.state.is_meta:
+            return
+        state = int(self.state)
+        self.started = state > 0
+        if self.started:
+            self.signed = state == 2
 
     def extra_repr(self):
         rows = f", axis={self.axis}, rows={self.rows}" if self.rows > 1 else ""

@@ -217,7 +217,28 @@ def test_integer_inputs_and_unbatched_embeddings():
     assert model[1].input_quantizer.started and model[0].input_quantizer is None
 
 
+def test_buffers_that_are_copied_in_place_start_a_quantizer():
+    """As an average of a model's weights does with its buffers."""
+    model = qk.quantize_(nn.Sequential(nn.Linear(4, 3)), act_signed=None)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    qk.calibrate(model, [torch.rand(8, 4)])
+    average.update_parameters(model)
+    x = torch.rand(2, 4)
+    assert torch.equal(average.eval()(x), model.eval()(x)) and not average.module[0].input_quantizer.signed
+
+
 METHODS = ["lsq", "lsq+", "asymmetric"]
+
+
+class Branches(nn.Module):
+    """Which of two layers runs depends on the data; the third always does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.layers[2](self.layers[int(x.mean() > 0)](x))
 
 
 def rank_main(rank, port, out):
@@ -232,6 +253,9 @@ def rank_main(rank, port, out):
         model = quantized(method).train()
         model(mine[0] * (1 + rank))
         result[method, "train"] = steps(model)
+        torch.manual_seed(0)
+        model = qk.calibrate(qk.quantize_(Branches(), method=method), [torch.rand(8, 4) * (1 - 2 * rank)])
+        result[method, "branches"] = steps(model)
     with open(f"{out}/{rank}.json", "w") as file:
         json.dump({" ".join(key): value for key, value in result.items()}, file)
     torch.distributed.destroy_process_group()

@@ -387,6 +387,12 @@ def test_bad_arguments_of_a_quantizer():
         Statistics().agreed()
 
 
+def test_a_weight_of_one_number_is_not_normalised():
+    layer = qk.quantize_(nn.Sequential(nn.Conv2d(1, 1, 1)), method="saq", act_bits=None)
+    y = layer(torch.ones(1, 1, 1, 1))
+    assert y.isfinite().all() and y != layer[0].bias
+
+
 def test_a_range_of_nan_has_no_zero_point():
     quantizer = qk.quantizers.Asymmetric(4, "activation").train()
     assert quantizer(torch.full((3,), torch.nan)).isnan().all() and quantizer.zero_point.item() == 0
