@@ -212,7 +212,6 @@ def test_saq_takes_rho_by_model_and_bits(model, bits, settings, rho):
         ),
         ("kd", {"distill.temperature": -1.0}, "distill.temperature: -1.0 is not a number of at least 0"),
         ("saq", {"sharpness.rho_by_bits": 3}, "sharpness.rho_by_bits: 3 is not a table"),
-        ("saq", {"amp": "fp16"}, "amp: 'fp16' scales gradients"),
     ],
 )
 def test_bad_arguments_of_the_methods_are_named(tmp_path, recipe, change, message):

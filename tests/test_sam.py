@@ -1,6 +1,7 @@
 """qk.optim.SAM and SAQ against plain implementations of the papers' algorithms."""
 
 import copy
+import gc
 import math
 import weakref
 
@@ -442,6 +443,64 @@ def test_schedulers_and_new_groups_reach_the_base_optimizer():
     train(net, optimizer, batches(1))
     schedule.step()
     assert base.param_groups[0]["lr"] == 0.05 and base.param_groups[1]["momentum"] == 0.9
+
+
+def test_schedulers_that_look_at_the_defaults():
+    net = network()
+    optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=10, base_momentum=0.85)
+    train(net, optimizer, batches(1))
+    schedule.step()
+    group = optimizer.base.param_groups[0]
+    assert group["lr"] > 0.04 and 0.85 < group["momentum"] < 0.95
+
+
+def frozen_first(net):
+    net[1].weight.requires_grad_(False)
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_layer_that_thaws_is_perturbed(listed):
+    """It was in the optimizer all the time, or comes with add_param_group; as if it had never been frozen."""
+    nets = [quantized(torch.float32)[0] for _ in "ab"]
+    rest = frozen_first(nets[0])
+    optimizers = [
+        qk.optim.SAQ(net, base_of("sgd", params), rho=0.3, every=1)
+        for net, params in zip(nets, (nets[0].parameters() if listed else rest, nets[1].parameters()))
+    ]
+    nets[0][1].weight.requires_grad_(True)
+    if not listed:
+        optimizers[0].add_param_group({"params": [nets[0][1].weight]})
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer, batches(3))
+    assert equal(*nets)
+
+
+def test_hooks_go_with_their_optimizer_and_rest_in_copies_of_the_model():
+    net = quantized(torch.float32)[0]
+    for _ in range(2):
+        optimizer = qk.optim.SAQ(net, base_of("sgd", net.parameters()), every=1)
+        assert len(net[1].weight_quantizer._forward_hooks) == 1
+    train(net, optimizer, batches(1))
+    twin = copy.deepcopy(net)
+    F.cross_entropy(twin(batches(1)[0][0]), batches(1)[0][1]).backward()
+    (capture,) = twin[1].weight_quantizer._forward_hooks.values()
+    assert capture.gradient is None and not capture.on
+    del optimizer, capture
+    gc.collect()
+    assert not net[1].weight_quantizer._forward_hooks
+
+
+def test_an_optimizer_is_saved_by_its_state_dict_alone():
+    net = network()
+    optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))
+    with pytest.raises(
+        TypeError, match=r"SAM cannot be copied or pickled; make a new one and load state_dict"
+    ):
+        copy.deepcopy(optimizer)
+    with pytest.raises(TypeError, match="base must step without a closure, which LBFGS cannot"):
+        qk.optim.SAM(net, torch.optim.LBFGS(net.parameters()))
 
 
 def test_noise_in_the_quantizer_keeps_the_perturbation():

@@ -104,9 +104,13 @@ class TwoPasses:
     def first_step(self):
         pass
 
-    def step(self, closure):
+    def step(self, closure, scaler=None):
         closure()
-        self.base.step(closure)
+        if scaler is None:
+            self.base.step(closure)
+        else:
+            closure()
+            scaler.step(self.base)
 
 
 def test_an_optimizer_may_evaluate_its_closure_twice():
@@ -120,8 +124,12 @@ def test_an_optimizer_may_evaluate_its_closure_twice():
     assert len(calls) == 2 * run.step == 32
     assert record["images_per_s"] * record["seconds"] == pytest.approx(512)  # counted once
     assert 0 < record["train_acc"] <= 1
-    with pytest.raises(ValueError, match="amp: 'fp16' scales gradients.*use 'bf16' or 'none'"):
-        trainer(wrap=TwoPasses, amp="fp16")
+    scaled = trainer(wrap=TwoPasses, amp="fp16")
+    before = [p.clone() for p in scaled.model.parameters()]
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    scaled.train_epoch(stop_after(2))
+    assert scaled.scaler.get_scale() == 2.0**12, "updated once a step"
+    assert not any(torch.equal(p, q) for p, q in zip(scaled.model.parameters(), before))
 
 
 def test_compile_and_channels_last(monkeypatch):
@@ -197,6 +205,15 @@ def test_bn_reestimate_is_the_mean_over_batches():
     statistics = model.bn.running_mean.clone()
     with pytest.raises(ValueError, match="iterations: 0 is not a positive number"):
         bn_reestimate(model, batches, iterations=0)
-    with pytest.raises(ValueError, match="loader: it yields no batch"):
-        bn_reestimate(model, [])
-    assert torch.equal(model.bn.running_mean, statistics)
+    for loader, error, message in (
+        ([], ValueError, "loader: it yields no batch"),
+        (iter([]), ValueError, "loader: it yields no batch"),
+        ([batches[0], {"x": 0}], TypeError, "loader must give tensors or .* tuples, got dict"),
+    ):
+        with pytest.raises(error, match=message):
+            bn_reestimate(model, loader)
+        assert torch.equal(model.bn.running_mean, statistics) and model.bn.momentum == 0.3
+    for again in ((x for x, _ in batches[:3]), [(x, 0, "more") for x, _ in batches[:3]]):
+        model.bn.running_mean.zero_()
+        bn_reestimate(model, again, iterations=3)
+        torch.testing.assert_close(model.bn.running_mean, statistics)

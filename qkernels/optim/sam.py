@@ -1,6 +1,7 @@
 """SAM, ASAM and their LookSAM form: perturb all weights by their gradient, take the gradient there, come back, step."""
 
 import contextlib
+import inspect
 import itertools
 import math
 
@@ -62,11 +63,13 @@ class SAM(torch.optim.Optimizer):
             _check_size(name, value)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be a number > 0 or None, got {max_norm!r}")
+        if inspect.signature(base.step).parameters["closure"].default is inspect.Parameter.empty:
+            raise TypeError(f"base must step without a closure, which {type(base).__name__} cannot")
         self.model, self.base = model, base
         self.adaptive, self.eta, self.every, self.beta = adaptive, eta, every, beta
         self.vanilla_loss, self.perturb_scales = vanilla_loss, perturb_scales
         self.sync_perturbation, self.max_norm = sync_perturbation, max_norm
-        super().__init__(base.param_groups, {"rho": float(rho)})
+        super().__init__(base.param_groups, {**base.defaults, "rho": float(rho)})
         self.param_groups = base.param_groups
         for group in self.param_groups:
             _check_size("rho", group["rho"])
@@ -76,12 +79,6 @@ class SAM(torch.optim.Optimizer):
         self._undo = contextlib.ExitStack()  # what takes the perturbation back
         self._stage, self._first, self._local_gradients = "first", [], False
         self._exchanges, self._statistics, self._length = [], Statistics(model), None
-
-    def add_param_group(self, group):
-        """As torch's; what the group leaves out comes from the base optimizer and from rho."""
-        for name, value in self.base.defaults.items():
-            group.setdefault(name, value)
-        super().add_param_group(group)
 
     # --- the two passes ---
 
@@ -277,6 +274,11 @@ class SAM(torch.optim.Optimizer):
                     g.mul_(2)
 
     # --- state ---
+
+    def __getstate__(self):
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled; make a new one and load state_dict()"
+        )
 
     def zero_grad(self, set_to_none=True):
         """The base optimizer's."""

@@ -1,5 +1,7 @@
 """SAQ: sharpness-aware minimisation of a quantized model, perturbed where the quantizer leaves the weight."""
 
+import weakref
+
 import torch
 
 from .. import quantizers
@@ -48,21 +50,25 @@ class SAQ(SAM):
             max_norm=max_norm,
         )
         self.case = case
-        captured = self._quantized() if case != 2 else ()
-        if case != 2 and not captured:
+        if case != 2 and not self._quantized():
             raise ValueError(
                 f"case {case} needs a model with quantized weights: call qk.quantize_(model) first"
             )
-        self._captures = {layer: _Capture(layer.weight_quantizer) for layer in captured if case == 3}
+        if case == 3:
+            # Of frozen layers as well, which may learn later.
+            self._captures = {layer: _Capture() for layer in self._quantized(frozen=True)}
+            for layer, capture in self._captures.items():
+                handle = layer.weight_quantizer.register_forward_hook(capture)
+                weakref.finalize(self, handle.remove)
         self._ready()
 
-    def _quantized(self):
-        """The layers whose quantized weight is perturbed."""
+    def _quantized(self, frozen=False):
+        """The layers whose quantized weight is perturbed; ``frozen``: also those that do not learn."""
         return [
             m
             for m in self.model.modules()
             if isinstance(getattr(m, "weight_quantizer", None), quantizers.Quantizer)
-            and m.weight.requires_grad
+            and (frozen or m.weight.requires_grad)
         ]
 
     def _ready(self):
@@ -119,9 +125,11 @@ class SAQ(SAM):
 class _Capture:
     """A forward hook that sums the gradients of a quantizer's outputs, over all backwards of a pass."""
 
-    def __init__(self, quantizer):
+    def __init__(self):
         self.on, self.gradient = False, None
-        quantizer.register_forward_hook(self)
+
+    def __reduce__(self):
+        return _Capture, ()  # a copy of the model has no optimizer that would read or empty it: off for ever
 
     def __call__(self, module, args, y):
         if self.on and y.requires_grad:

@@ -12,23 +12,13 @@ from . import distributed
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_amp(amp, optimizer):
-    """ValueError for an unknown `amp`, or one that the optimizer cannot train with."""
-    if amp not in AMP_DTYPES:
-        raise ValueError(f"amp: {amp!r} is not one of {', '.join(AMP_DTYPES)}")
-    if amp == "fp16" and hasattr(optimizer, "first_step"):
-        raise ValueError(
-            "amp: 'fp16' scales gradients, which an optimizer with several passes per step cannot undo; "
-            "use 'bf16' or 'none'"
-        )
-
-
 class Trainer:
     """Trains `model` on `data.train` and can stop and continue at any step, bit for bit.
 
     Args:
         model: the module; its parameters are those of `optimizer`.
-        optimizer: of torch, or a wrapper with `step(closure)`, `param_groups`, `state_dict` and `load_state_dict`.
+        optimizer: of torch, or a wrapper with `step(closure)`, `param_groups`, `state_dict` and `load_state_dict`; one
+            with `first_step` evaluates the closure more than once, and takes the GradScaler as `step(closure, scaler)`.
         loss: `loss(output, target, x) -> scalar`.
         data: `.train` with `set_epoch(epoch, start_batch)` and `len`, and `.test`; both yield `(x, target)`.
         epochs: number of passes over `data.train`.
@@ -41,7 +31,7 @@ class Trainer:
         progress: `progress(trainer)` after each step.
 
     Raises:
-        ValueError: an unknown `amp`, or fp16 with an optimizer that evaluates its closure more than once.
+        ValueError: an unknown `amp`.
     """
 
     def __init__(
@@ -61,7 +51,8 @@ class Trainer:
         channels_last=False,
         progress=None,
     ):
-        check_amp(amp, optimizer)
+        if amp not in AMP_DTYPES:
+            raise ValueError(f"amp: {amp!r} is not one of {', '.join(AMP_DTYPES)}")
         if accumulate < 1:
             raise ValueError(f"accumulate: {accumulate} is not a positive number of batches")
         self.device = torch.device(device)
@@ -172,7 +163,10 @@ class Trainer:
                 self._clip()
             return total
 
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and self.several_passes:
+            self.optimizer.step(closure, self.scaler)
+            self.scaler.update()
+        elif self.scaler.is_enabled():
             closure()
             self.scaler.unscale_(self.optimizer)
             self._clip()

@@ -16,7 +16,7 @@ from . import build, checkpoint, distributed
 from .bn import bn_reestimate
 from .config import RUN, check_unchanged, float_config, make_config, read_config, starts_from_float
 from .data import build_data
-from .engine import Interrupt, Trainer, check_amp, lr_schedule
+from .engine import Interrupt, Trainer, lr_schedule
 from .log import RunLog, read_json, read_log, say, summary_writer, write_json
 from .recipe import SETTINGS, available_recipes, parse_assignment
 
@@ -191,7 +191,7 @@ def _try(config, model):
     probe = deepcopy(model)
     if config["init"] is not None:
         build.load_weights(probe, config["init"])
-    check_amp(config["amp"], build.optimizer(build.quantize(probe, config), config))
+    build.optimizer(build.quantize(probe, config), config)
     if starts_from_float(config):
         float_config(config)
     build.loss(config, probe, deepcopy(model))  # it may leave hooks on them
