@@ -15,7 +15,12 @@ def quantizable(model, exclude=()):
 def _excluded(model, exclude):
     """The modules that one of their names puts into ``exclude``."""
     modules = model.named_modules(remove_duplicate=False)
-    return {m for name, m in modules if any(name == e or name.startswith(e + ".") for e in exclude)}
+    return {m for name, m in modules if any(within(name, e) for e in exclude)}
+
+
+def within(name, other):
+    """Whether ``name`` is the module of the name ``other``, or below it."""
+    return name == other or name.startswith(other + ".")
 
 
 def left_in_float(model):

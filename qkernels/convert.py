@@ -1,7 +1,7 @@
 """A float model into a quantized one and on to integers."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 
 import numpy as np
@@ -29,6 +29,8 @@ class QConfig:
         weight_norm: "detach", "full" or "none", SAQ's standardisation of convolution weights.
         weight_noise, act_noise: one of qk.noise; the method's own where it has one ("noise_tempering", "diffq").
         ewgs_delta: of method "ewgs".
+        overrides: settings of single layers (mixed precision), {"layer4": {"weight_bits": 8}, ...}: of the module of
+            that name and all below. The longest name counts; bits that are given here go before first_last_bits.
 
     Raises: ValueError naming the argument and what is accepted.
     """
@@ -45,6 +47,7 @@ class QConfig:
     weight_noise: noises.Noise | None = None
     act_noise: noises.Noise | None = None
     ewgs_delta: float = 1e-3
+    overrides: dict[str, dict] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if self.method not in q.WEIGHT:
@@ -80,7 +83,29 @@ class QConfig:
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {getattr(self, name)!r}")
 
-    def weight_quantizer(self, layer_type, weight, bits):
+        if not isinstance(self.overrides, dict):
+            raise ValueError(
+                f"overrides must be a dict, name of a module -> settings, got {self.overrides!r}"
+            )
+        accepted = {f.name for f in fields(self)} - {"exclude", "overrides", "first_last_bits"}
+        for name, settings in self.overrides.items():
+            if not isinstance(settings, dict) or settings.keys() - accepted:
+                raise ValueError(
+                    f"overrides[{name!r}] must be a dict of {', '.join(sorted(accepted))}; got {settings!r}"
+                )
+            try:
+                self.of(name)
+            except ValueError as error:
+                raise ValueError(f"overrides[{name!r}]: {error}") from None
+
+    def of(self, name, at_end=False):
+        """The settings of the layer of that name; ``at_end``: it is the first or the last."""
+        own = max((key for key in self.overrides if candidates.within(name, key)), key=len, default=None)
+        ends = [key for key in ("weight_bits", "act_bits") if at_end and getattr(self, key) is not None]
+        settings = {**dict.fromkeys(ends, self.first_last_bits), **self.overrides.get(own, {})}
+        return replace(self, exclude=(), overrides={}, **settings)
+
+    def weight_quantizer(self, layer_type, weight):
         """The quantizer of one weight, started from it."""
         axis = None if self.weight_axis is None else qnn.QUANTIZED[layer_type].channel_axis
         options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
@@ -88,17 +113,17 @@ class QConfig:
             conv = layer_type not in (nn.Linear, nn.Embedding)
             options = {"weight_norm": self.weight_norm if conv else "none"}
         quantizer = q.WEIGHT[self.method](
-            bits, "weight", axis=axis, rows=1 if axis is None else weight.shape[axis],
+            self.weight_bits, "weight", axis=axis, rows=1 if axis is None else weight.shape[axis],
             noise=self.weight_noise or q.WEIGHT_NOISE.get(self.method), count=self.grad_scale_count, **options,
         )  # fmt: skip
         quantizer.to(weight.device)
         start_weight(quantizer, weight)
         return quantizer
 
-    def activation_quantizer(self, bits):
+    def activation_quantizer(self):
         options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
         return q.ACTIVATION[self.method](
-            bits,
+            self.act_bits,
             "activation",
             signed=self.act_signed,
             noise=self.act_noise,
@@ -119,7 +144,7 @@ def quantize_(model, config=None, **settings):
     Parameters are shared, so optimizers and state dict keys stay valid; weight step sizes start from the weights,
     activation step sizes from ``calibrate`` or the first training batch. Returns the model (a new module only where
     the model itself is a layer). One warning names the layers with weights that stay in floating point and are not
-    excluded. ValueError: nothing to quantize, already quantized, an unknown name in exclude.
+    excluded. ValueError: nothing to quantize, already quantized, an unknown name in exclude or overrides.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, QConfig | None):
         got = f"{type(model).__name__} and {type(config).__name__}"
@@ -138,12 +163,15 @@ def quantize_(model, config=None, **settings):
         kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
         left = candidates.said(model, config.exclude)
         raise ValueError(f"model has no layer to quantize ({kinds})" + (f"; it has {left}" if left else ""))
+    for key in config.overrides:
+        if not any(candidates.within(name, key) for name, _ in layers):
+            raise ValueError(f"overrides names no layer that would be quantized: {key!r}")
     order = list(dict.fromkeys(id(layer) for _, layer in layers))
     ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
     seeds, swapped = q.SeedSource(), {}
     for name, layer in layers:
         if id(layer) not in swapped:
-            swapped[id(layer)] = _quantized(layer, config, id(layer) in ends)
+            swapped[id(layer)] = _quantized(layer, config.of(name, id(layer) in ends))
         if name == "":
             model = swapped[id(layer)]
         else:
@@ -165,21 +193,15 @@ def quantize_(model, config=None, **settings):
     return model
 
 
-def _quantized(layer, config, at_end):
+def _quantized(layer, config):
     kind = type(layer)
     if getattr(layer, "sparse", False):
         raise ValueError(
             "an Embedding with sparse=True cannot be quantized: its gradient would be dense; use sparse=False"
         )
-    weight_bits, act_bits = config.weight_bits, config.act_bits
-    if at_end:
-        weight_bits = weight_bits and config.first_last_bits
-        act_bits = act_bits and config.first_last_bits
-    weight = None if weight_bits is None else config.weight_quantizer(kind, layer.weight, weight_bits)
-    takes_floats = act_bits is not None and kind is not nn.Embedding
-    return qnn.QUANTIZED[kind].wrap(
-        layer, weight, config.activation_quantizer(act_bits) if takes_floats else None
-    )
+    weight = None if config.weight_bits is None else config.weight_quantizer(kind, layer.weight)
+    takes_floats = config.act_bits is not None and kind is not nn.Embedding
+    return qnn.QUANTIZED[kind].wrap(layer, weight, config.activation_quantizer() if takes_floats else None)
 
 
 def quantizers(model):

@@ -70,6 +70,28 @@ def test_first_last_bits(ends, expected):
     assert found == [(expected,) * 2, *[(3, 3)] * 4, (expected,) * 2]
 
 
+def test_overrides_are_settings_of_single_layers():
+    overrides = {
+        "body": {"act_bits": 6, "method": "pact"},
+        "body.2": {"weight_bits": 2, "weight_axis": None},
+        "head": {"weight_bits": 5},
+        "mix": {"act_bits": None},
+    }
+    model = qk.quantize_(Net(), weight_bits=4, act_bits=3, overrides=overrides)
+    found = {
+        name: (layer.weight_quantizer.bits, layer.input_quantizer and layer.input_quantizer.bits)
+        for name, layer in convert.layers(model)
+    }
+    assert found == {
+        "stem": (8, 8), "body.0": (4, 6), "body.2": (2, 3), "up": (4, 3), "mix": (4, None), "head": (5, 8)
+    }  # fmt: skip
+    assert type(model.body[0].input_quantizer) is qk.quantizers.PACT
+    assert type(model.body[2].input_quantizer) is qk.quantizers.LSQ
+    assert model.body[0].weight_quantizer.rows == 4 and model.body[2].weight_quantizer.rows == 1
+    y = qk.calibrate(model, [batch()]).eval()(batch())
+    assert same_bits(qk.convert_(model)(batch()), y)
+
+
 def test_ends_are_counted_without_the_excluded():
     model = qk.quantize_(Net(), exclude=("stem", "body.0", "head"))
     assert (
@@ -416,6 +438,9 @@ def test_convert_and_quantize_errors():
     with pytest.raises(ValueError, match="model is already quantized"):
         qk.quantize_(qk.quantize_(Net()))
     model = Net()
+    for name in ("heads", "norm", "hea"):
+        with pytest.raises(ValueError, match=f"overrides names no layer that would be quantized: '{name}'"):
+            qk.quantize_(model, overrides={"head": {"act_bits": 8}, name: {"act_bits": 8}})
     with pytest.raises(ValueError, match="exclude names no module: heads, tail"):
         qk.quantize_(model, exclude=("heads", "tail", "stem"))
     assert not convert.layers(model)
@@ -438,6 +463,13 @@ def test_convert_and_quantize_errors():
         ({"weight_noise": "tempering"}, "weight_noise must be one of qk.noise .*got 'tempering'"),
         ({"act_noise": 0.1}, "act_noise must be one of qk.noise .*got 0.1"),
         ({"ewgs_delta": -0.1}, "ewgs_delta must be a number of at least 0, got -0.1"),
+        ({"overrides": ["head"]}, "overrides must be a dict, name of a module -> settings, got .'head'."),
+        ({"overrides": {"head": 8}}, r"overrides\['head'\] must be a dict of act_bits, .*; got 8"),
+        (
+            {"overrides": {"head": {"bits": 8}}},
+            r"overrides\['head'\] must be a dict of act_bits, .*'bits': 8",
+        ),
+        ({"overrides": {"up": {"weight_bits": 9}}}, r"overrides\['up'\]: weight_bits must be an int .*got 9"),
         ({"ewgs_delta": "big"}, "ewgs_delta must be a number of at least 0, got 'big'"),
     ],
     ids=str,

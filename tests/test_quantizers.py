@@ -27,7 +27,7 @@ def conv(method, bits=4, axis=0, act_bits=None, **settings):
 
 def activation(method, bits, x, signed=None, **settings):
     """An activation quantizer calibrated on x."""
-    quantizer = qk.QConfig(method=method, act_signed=signed, **settings).activation_quantizer(bits)
+    quantizer = qk.QConfig(method=method, act_bits=bits, act_signed=signed, **settings).activation_quantizer()
     statistics = Statistics()
     statistics.update(x)
     quantizer.start_from(statistics)
@@ -59,7 +59,7 @@ def test_lsq_weights_start_at_twice_the_mean_magnitude(method, bits, axis):
 @pytest.mark.parametrize("signed, top", [(False, 15), (True, 7)])
 def test_lsq_activations_start_from_the_first_batch(signed, top):
     x = torch.randn(6, 3, 4, 4) if signed else torch.rand(6, 3, 4, 4)
-    quantizer = qk.QConfig().activation_quantizer(4).train()
+    quantizer = qk.QConfig().activation_quantizer().train()
     quantizer(x)
     assert quantizer.scale.item() == pytest.approx(2 * x.abs().mean().item() / math.sqrt(top), rel=1e-6)
     assert quantizer.bounds() == ((-8, 7) if signed else (0, 15))

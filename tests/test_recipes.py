@@ -220,6 +220,16 @@ def test_bad_arguments_of_the_methods_are_named(tmp_path, recipe, change, messag
     assert not (tmp_path / "run").exists()
 
 
+def test_layers_of_their_own_bits():
+    own = {"conv2": {"weight_bits": 3, "act_noise": {"kind": "Tempering", "c": 0.1}, "act_bits": "none"}}
+    model = build.quantize(Tiny(), make_config(**{**TINY, "recipe": "lsq", "quantizer.overrides": own}))
+    assert model.conv2.weight_quantizer.bits == 3 and model.conv2.input_quantizer is None
+    with pytest.raises(ValueError, match="overrides.'conv2'. must be a dict of act_bits, .*got {'bits': 3}"):
+        build.quantize(
+            Tiny(), make_config(**{**TINY, "recipe": "lsq", "quantizer.overrides": {"conv2": {"bits": 3}}})
+        )
+
+
 @pytest.mark.parametrize(
     "name, kind", [("adam", "Adam"), ("adamw", "AdamW"), ("rmsprop", "RMSprop"), ("sgd", "SGD")]
 )

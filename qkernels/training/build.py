@@ -21,13 +21,21 @@ def quantize(model, config):
     """Swaps the quantized layers of the run's method into `model`; a float run returns it unchanged."""
     if not config["method"]:
         return model
-    arguments = {key: _argument(key, value) for key, value in config["quantizer"].items()}
+    arguments = _arguments(config["quantizer"])
     bits = {key: None if config[key] == 32 else config[key] for key in ("weight_bits", "act_bits")}
     return qk.quantize_(model, _made("quantizer", qk.QConfig, method=config["method"], **bits, **arguments))
 
 
+def _arguments(table):
+    return {key: _argument(key, value) for key, value in table.items()}
+
+
 def _argument(key, value):
     """A QConfig argument from TOML, which has no None ("none") and no objects ({kind = "Tempering", c = 0.2})."""
+    if isinstance(value, dict) and key == "overrides":  # of single layers: tables of such arguments
+        return {
+            name: _arguments(table) if isinstance(table, dict) else table for name, table in value.items()
+        }
     if isinstance(value, dict):
         arguments = dict(value)
         kind = arguments.pop("kind", None)
