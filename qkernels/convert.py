@@ -12,7 +12,7 @@ from . import backend, candidates
 from . import nn as qnn
 from . import noise as noises
 from . import quantizers as q
-from .observe import Statistics, inputs, share_reached
+from .observe import Statistics, run_first, share_reached
 
 
 @dataclass(frozen=True)
@@ -215,11 +215,12 @@ def layers(model):
 
 
 @torch.no_grad()
-def calibrate(model, loader, batches=8):
+def calibrate(model, loader, batches=8, forward=run_first):
     """Set every step size: weights' from the weights, activations' from up to ``batches`` batches of ``loader``.
 
     No gradients; BatchNorm normalises by the batch and keeps its statistics; other modules are in evaluation mode.
-    Batches are tensors or (input, ...) tuples. Processes of a torch.distributed group agree. Returns the model.
+    Batches are tensors or (input, ...) tuples; for models of other inputs ``forward(model, batch)`` runs one, as in
+    ``forward=lambda model, batch: model(**batch)``. Processes of a torch.distributed group agree. Returns the model.
     One warning names the layers that no batch reached; they keep the step sizes they had, if any.
     Raises: ValueError where the model has no quantizer, the loader no batch or a layer's inputs are not finite;
     TypeError where a batch is neither; RuntimeError where batches reached no layer at all.
@@ -247,7 +248,7 @@ def calibrate(model, loader, batches=8):
             quantizer.statistics = Statistics(quantizer.axis)
         seen = 0
         for batch in islice(loader, batches):
-            model(inputs(batch).to(device))
+            forward(model, batch)
             seen += 1
         if seen == 0:
             raise ValueError("loader gave no batch")

@@ -6,12 +6,15 @@ import torch.distributed as dist
 _SAMPLES = 8192  # kept per batch for the least-squares range
 
 
-def inputs(batch):
-    """The model's input of a batch, a tensor or (tensor, ...). TypeError for anything else."""
+def run_first(model, batch):
+    """The model on the tensor that a batch is, or begins with. TypeError where there is none."""
     x = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"loader must give tensors or (tensor, ...) tuples, got {type(x).__name__}")
-    return x
+        raise TypeError(
+            f"loader must give tensors or (tensor, ...) tuples, got {type(x).__name__}; give forward(model, batch) for "
+            "other batches"
+        )
+    return model(x.to(next(model.parameters()).device))
 
 
 def share_reached(statistics, device):

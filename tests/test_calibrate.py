@@ -217,6 +217,23 @@ def test_integer_inputs_and_unbatched_embeddings():
     assert model[1].input_quantizer.started and model[0].input_quantizer is None
 
 
+def test_models_of_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.mix = nn.Embedding(5, 4), nn.Linear(4, 3)
+
+        def forward(self, ids, scale):
+            return self.mix(self.table(ids) * scale)
+
+    model = qk.quantize_(Two())
+    batch = {"ids": torch.tensor([1, 2]), "scale": torch.tensor(3.0)}
+    with pytest.raises(TypeError, match="loader must give tensors .*, got dict; give forward"):
+        qk.calibrate(model, [batch])
+    assert qk.calibrate(model, [batch], forward=lambda model, batch: model(**batch)) is model
+    assert model.mix.input_quantizer.started
+
+
 def test_buffers_that_are_copied_in_place_start_a_quantizer():
     """As an average of a model's weights does with its buffers."""
     model = qk.quantize_(nn.Sequential(nn.Linear(4, 3)), act_signed=None)

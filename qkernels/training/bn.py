@@ -4,15 +4,16 @@ import itertools
 
 import torch
 
-from ..observe import inputs
+from ..observe import run_first
 
 
 @torch.no_grad()
-def bn_reestimate(model, loader, iterations=10):
+def bn_reestimate(model, loader, iterations=10, forward=run_first):
     """Replaces the running statistics of every BatchNorm by their mean over `iterations` batches (SAQ, appendix A).
 
     Only the BatchNorm layers are put in training mode, so noise and dropout stay off; modes, momenta and parameters are
-    as before afterwards. Batches are tensors or (input, ...) tuples. Returns `model`.
+    as before afterwards. Batches are tensors or (input, ...) tuples; for others `forward(model, batch)` runs one.
+    Returns `model`.
 
     Raises:
         ValueError: `iterations` < 1, or `loader` is empty. After any error the statistics are those from before.
@@ -26,7 +27,7 @@ def bn_reestimate(model, loader, iterations=10):
     ]
     modes, momenta = {m: m.training for m in model.modules()}, [m.momentum for m in layers]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
-    device, seen = next(model.parameters()).device, 0
+    seen = 0
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
@@ -34,7 +35,7 @@ def bn_reestimate(model, loader, iterations=10):
         layer.train()
     try:
         for batch in itertools.islice(loader, iterations):
-            model(inputs(batch).to(device))
+            forward(model, batch)
             seen += 1
         if seen == 0:
             raise ValueError("loader: it yields no batch")
