@@ -94,7 +94,7 @@ class Data:
                 goal = min(self.first, width)
             elif not done < goal < num * width:
                 goal = self.size
-            for part in order[:, done:goal].split(self.most, 1):
+            for part in order[:, done:goal].tensor_split(math.ceil((goal - done) / self.most), 1):
                 yield part, x[part], target[part]
             done = goal
 
