@@ -11,9 +11,9 @@ from torch import nn
 
 import qkernels as qk
 from qkernels import random, sharpness
-from qkernels.sharpness import formulas, search
+from qkernels.sharpness import formulas
 from qkernels.sharpness.data import Data
-from qkernels.sharpness.subject import Copies, Subject
+from qkernels.sharpness.subject import Subject
 
 
 def small_net(act_bits=4):
@@ -245,80 +245,6 @@ def test_a_loader_too_big_to_keep_must_repeat_itself(trained, monkeypatch):
         list(Data(Shuffled(), "cpu"))
 
 
-def test_weights_before_and_after_the_quantizers(trained):
-    model, loader, _ = trained
-    x = loader[0][0]
-    expected = model(x).detach()
-    for weights in ("latent", "quantized"):
-        subject = Subject(model, weights)
-        for how in ("loop", "vmap"):
-            logits = Copies(subject, [subject.values] * 2, how).logits(x)
-            torch.testing.assert_close(logits[1], expected, rtol=1e-5, atol=1e-6)
-    latent, quantized = Subject(model), Subject(model, "quantized")
-    assert torch.equal(latent.values[0], model[0].weight)
-    assert torch.equal(quantized.values[0], model[0].quantized_weight())
-    moved = [[w + 0.3 * torch.randn_like(w) for w in s.values] for s in (latent, quantized)]
-    levels = latent.effective(moved[0])["0.weight"] / model[0].weight_quantizer.scale.view(-1, 1, 1, 1)
-    assert torch.allclose(levels, levels.round(), atol=1e-4)
-    assert torch.equal(quantized.effective(moved[1])["0.weight"], moved[1][0])
-
-
-@pytest.mark.parametrize("how", ["loop", "vmap"])
-def test_copies_see_images_of_their_own(trained, how):
-    model, loader, _ = trained
-    subject, x = Subject(model), loader[0][0]
-    copies = Copies(subject, qk.perturb(subject.values, "normal", std=0.1, num=3, seed=0), how)
-    own = torch.stack([x[:4], x[4:8], x[2:6]])
-    expected = copies.logits(x)
-    got = copies.logits(own, own=True)
-    for k, first in enumerate((0, 4, 2)):
-        torch.testing.assert_close(got[k], expected[k, first : first + 4], rtol=1e-5, atol=1e-6)
-
-
-class Viewing(nn.Module):
-    """A network that refuses channels last."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.linear = nn.Conv2d(1, 3, 3), nn.Linear(108, 2)
-
-    def forward(self, x):
-        return self.linear(self.conv(x).view(len(x), -1))
-
-
-def test_images_go_to_convolutions_with_their_channels_last_where_the_network_takes_it():
-    x, seen = torch.randn(4, 3, 8, 8), []
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
-    model[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0].stride()))
-    subject = Subject(model)
-    torch.testing.assert_close(subject.logits(subject.effective(subject.values), x), model(x))
-    assert seen == [(192, 1, 24, 3), (192, 64, 8, 1)]
-    viewing = Viewing().requires_grad_(False)
-    subject = Subject(viewing)
-    for _ in range(2):
-        logits = subject.logits(subject.effective(subject.values), x[:, :1])
-        torch.testing.assert_close(logits, viewing(x[:, :1]))
-    assert not subject.channels_last
-    with pytest.raises(RuntimeError, match="size"):
-        subject.logits(subject.effective(subject.values), x[..., :4])
-
-
-@pytest.mark.parametrize("size, num", [(100, 4), (23, 4), (3, 4), (1000, 10), (7, 1)])
-def test_shares_give_every_image_to_every_copy_once(size, num):
-    x, target = torch.arange(size).float().view(size, 1), torch.arange(size)
-    data = Data(list(zip(x.split(50), target.split(50), strict=True)), "cpu", seed=0)
-    times, first = torch.zeros(num, size, dtype=torch.int64), []
-    for index, images, labels in data.shares(num, lambda: 2 * times.sum().item() // num):
-        assert torch.equal(images[..., 0], data.whole[0][index, 0]) and torch.equal(
-            labels, data.whole[1][index]
-        )
-        times.scatter_add_(1, index, torch.ones_like(index))
-        first.append(times.clone())
-    assert (times == 1).all()
-    covered = size // num * num
-    assert size < num or any((t.sum(0)[:covered] == 1).all() for t in first), "the first turn is not a pass"
-
-
 def test_converted_networks_have_quantized_weights_only(trained):
     model, loader, initial = trained
     integer = qk.convert_(copy.deepcopy(model))
@@ -327,17 +253,6 @@ def test_converted_networks_have_quantized_weights_only(trained):
     assert report.searches == sharpness.measure(model, loader, initial, **small).searches
     with pytest.raises(ValueError, match="weights='latent': layer 0 is converted to integers"):
         sharpness.measure(integer, loader, initial)
-
-
-def test_shared_weights_move_together():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    subject = Subject(model)
-    assert subject.names == ["0.weight", "0.bias", "1.bias"]
-    values = [w + 1 for w in subject.values]
-    x = torch.randn(2, 4)
-    expected = F.linear(F.linear(x, values[0], values[1]), values[0], values[2])
-    torch.testing.assert_close(subject.logits(subject.effective(values), x), expected)
 
 
 def test_report_is_written_read_shown_and_continued(trained, tmp_path, monkeypatch):
@@ -439,112 +354,3 @@ def test_a_network_that_diverged_is_refused(trained):
         broken[6].bias.fill_(math.nan)
     with pytest.raises(ValueError, match="model has a loss of inf on these images"):
         sharpness.measure(broken, loader, initial)
-
-
-class Table:
-    """Copies whose predictions are given: right[k, i] for copy k and image i, the image's number being its pixel."""
-
-    def __init__(self, right):
-        self.right, self.num = right, len(right)
-
-    def logits(self, x, own=False):
-        index = x.flatten(-1).long().view(self.num if own else 1, -1).expand(self.num, -1)
-        right = self.right.gather(1, index).float()
-        return torch.stack([right, 1 - right], 2)
-
-
-@pytest.mark.parametrize("worst", [False, True])
-@pytest.mark.parametrize("confidence", [None, 4.0])
-def test_a_step_that_ends_early_has_the_verdict_of_the_whole(worst, confidence):
-    generator = torch.Generator().manual_seed(1)
-    n, ended = 1000, 0
-    x, target = torch.arange(n).float().view(n, 1), torch.zeros(n, dtype=torch.long)
-    data = Data([(x[i : i + 100], target[i : i + 100]) for i in range(0, n, 100)], "cpu", seed=0)
-    base = torch.rand(1, n, generator=generator) < 0.9
-    scores = search.Scores.unperturbed(data, Table(base))["accuracy"]
-    assert scores.mean == pytest.approx(base.double().mean().item())
-    for _ in range(150):
-        hard = torch.rand(n, generator=generator) * torch.rand(1, generator=generator)
-        right = base & (torch.rand(5, n, generator=generator) > hard * 0.5)
-        drops = base.double().mean() - right.double().mean(1)
-        displacement = (drops.max() if worst else drops.mean()).item()
-        rule = search.Rule(0.1, 0.01, worst, confidence)
-        step = rule.evaluate(Table(right), scores, search.Counter())
-        ended += step.decided != "complete"
-        expected = "within" if abs(displacement - 0.1) < 0.01 else "above" if displacement > 0.1 else "below"
-        assert step.verdict == expected
-        assert (step.images == n) == (step.decided == "complete")
-    assert ended > 60
-
-
-def test_regression_gives_the_mean_of_images_not_seen():
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(200, 2, generator=generator, dtype=torch.float64)
-    y = 0.3 + z @ torch.tensor([[0.5], [-1.0]], dtype=torch.float64)
-    found = {}
-    for name, known in (("none", z[:, :0]), ("constant", torch.ones_like(z)), ("all", z)):
-        regression = search.Regression(known)
-        regression.add(y[:30].T, torch.arange(30))
-        regression.add(y[30:50].T, torch.arange(30, 50))
-        found[name] = regression.mean()
-    mean, variance = found["none"]
-    assert mean.item() == pytest.approx(y[:50].mean().item())
-    errors = (y[:50] - y[:50].mean()).square().sum().item()
-    assert variance.item() == pytest.approx((errors + 2) / 49 * (1 - 50 / 200) / 50)
-    assert found["constant"][0].item() == pytest.approx(mean.item())
-    assert found["all"][0].item() == pytest.approx(y.mean().item(), abs=0.02)
-    assert found["all"][1].item() < 0.2 * variance.item()
-
-
-def test_shares_decide_with_fewer_passes_where_images_differ():
-    """Displacements that mostly depend on the image: one pass over the shares says what many over a few images do."""
-    generator, n, num = torch.Generator().manual_seed(5), 600, 10
-    x, target = torch.arange(n).float().view(n, 1), torch.zeros(n, dtype=torch.long)
-    data = Data(list(zip(x.split(100), target.split(100), strict=True)), "cpu", seed=0)
-    scores = search.Scores("accuracy", data, torch.ones(n).double(), torch.zeros(n, 0).double())
-    seen = complete = 0
-    for _ in range(60):
-        level = 0.05 + 0.12 * torch.rand(1, generator=generator)
-        hard = torch.rand(1, n, generator=generator) < level
-        right = torch.rand(num, n, generator=generator) >= hard * 0.9 + 0.01
-        displacement = 1 - right.double().mean().item()
-        step = search.Rule(0.1, 0.0100123).evaluate(Table(right), scores, search.Counter())
-        assert step.verdict == search.Rule(0.1, 0.0100123).point(displacement)
-        seen, complete = seen + step.images, complete + n
-    assert seen < 0.4 * complete
-
-
-def test_what_is_known_of_the_images_ends_steps_earlier():
-    """Displacements that depend on what is known of an image, and the verdicts of the whole."""
-    generator, n, seen = torch.Generator().manual_seed(2), 1000, {True: 0, False: 0}
-    rank = torch.rand(n, generator=generator)
-    x, target = torch.arange(n).float().view(n, 1), torch.zeros(n, dtype=torch.long)
-    data = Data(list(zip(x.split(50), target.split(50), strict=True)), "cpu", seed=0)
-    order = torch.cat([x for x, _ in data.kept]).flatten().long()
-    for i in range(40):
-        hard = (rank < i / 400).double()
-        right = torch.rand(10, n, generator=generator) >= 0.9 * hard
-        drop = 1 - right.double().mean().item()
-        for informed in seen:
-            known = hard[order, None] if informed else hard[:, None][:, :0]
-            scores = search.Scores("accuracy", data, torch.ones(n, dtype=torch.float64), known)
-            step = search.Rule(0.05, 0.00512345).evaluate(Table(right), scores, search.Counter())
-            assert step.verdict == search.Rule(0.05, 0.00512345).point(drop)
-            seen[informed] += step.images
-    assert seen[True] < 0.9 * seen[False]
-
-
-def test_a_complete_step_shortens_the_next_one_of_its_search():
-    generator, n = torch.Generator().manual_seed(3), 1000
-    x, target = torch.arange(n).float().view(n, 1), torch.zeros(n, dtype=torch.long)
-    data = Data(list(zip(x.split(50), target.split(50), strict=True)), "cpu", seed=0)
-    scores = search.Scores("accuracy", data, torch.ones(n).double(), torch.zeros(n, 0).double())
-    right = torch.rand(1, n, generator=generator).expand(10, n) >= 0.1
-    rule = search.Rule(1 - right.double().mean().item(), 1e-9)  # within: only a complete step can tell
-    assert rule.evaluate(Table(right), scores, search.Counter()).decided == "complete"
-    more = right & (torch.rand(1, n, generator=generator) >= 0.03)
-    steps = [
-        r.evaluate(Table(more), scores, search.Counter()) for r in (rule, search.Rule(rule.target, 1e-9))
-    ]
-    assert [s.verdict for s in steps] == ["above", "above"]
-    assert steps[0].images < 0.8 * steps[1].images
