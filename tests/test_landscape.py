@@ -99,6 +99,22 @@ def test_landscape_is_plotted_written_and_continued(net, tmp_path, monkeypatch, 
     assert picture.stat().st_size > 5000
 
 
+def test_other_images_or_another_criterion_are_measured_anew(net, tmp_path):
+    model, loader = net
+    others = [(x.flip(0) + 0.1, target) for x, target in loader]
+    call = {"size": 3, "out": tmp_path / "landscape.json"}
+    first = sharpness.landscape(model, loader, **call)
+    tenfold = sharpness.landscape(model, loader, lambda y, t: 10 * F.cross_entropy(y, t), **call)
+    assert tenfold.loss[0][0] == pytest.approx(10 * first.loss[0][0])
+    other = sharpness.landscape(model, others, **call)
+    assert other == sharpness.landscape(model, others, size=3) != first
+
+
+def test_one_point_is_no_picture(net, tmp_path):
+    with pytest.raises(ValueError, match="a picture needs a landscape of size >= 2, got size 1"):
+        sharpness.landscape(*net, size=1).plot(tmp_path / "landscape.png")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

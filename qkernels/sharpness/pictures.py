@@ -1,4 +1,4 @@
-"""Results of ``figures``: numbers that are written as JSON and drawn."""
+"""Numbers that are written as JSON and drawn; those of ``figures`` stand here."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .saved import Saved
 
 
-class _Figure(Saved):
+class Drawn(Saved):
     """A result that is written as JSON and drawn."""
 
     def plot(self, path, title=None):
@@ -25,7 +25,7 @@ class _Figure(Saved):
 
 
 @dataclass
-class OutputVariance(_Figure):
+class OutputVariance(Drawn):
     """variance, relative: {model: {layer or "output": [a number per level]}}; levels: deviations of the input noise.
 
     relative: the variance over ``spread``, the variance of the same outputs without noise over images and
@@ -54,7 +54,7 @@ class OutputVariance(_Figure):
 
 
 @dataclass
-class GradientNorms(_Figure):
+class GradientNorms(Drawn):
     """norms: {"none", "weights", "features": ||grad_w L|| per batch, the mean of the draws}; mean: over the batches.
 
     deviation: over all draws of all batches (None for a single one).
@@ -81,7 +81,7 @@ class GradientNorms(_Figure):
 
 
 @dataclass
-class GradientCosine(_Figure):
+class GradientCosine(Drawn):
     """cosine: g_s . g / (||g_s|| ||g||) per batch, None where one is 0; ratio: ||g_s|| / ||g||.
 
     mean, deviation: of the cosine.
@@ -108,7 +108,7 @@ class GradientCosine(_Figure):
 
 
 @dataclass
-class TraceAlong(_Figure):
+class TraceAlong(Drawn):
     """Per run: {"epochs": [...], "trace": [...], "stderr": [...]}; the Hessian's trace with its standard error."""
 
     runs: dict

@@ -11,15 +11,20 @@ import torch.nn.functional as F
 
 from ..perturbation import filter_normalized, perturb
 from .data import Data
-from .saved import Saved, write_json
+from .pictures import Drawn
+from .saved import write_json
 from .subject import Copies, Subject, check_at_least
 
 _WRITE_EVERY = 2.0  # seconds
 
 
 @dataclass
-class Landscape(Saved):
-    """Loss and accuracy on a grid with coordinates at; 2-D: loss[i][j] at (at[i], at[j]); None: not finite."""
+class Landscape(Drawn):
+    """Loss and accuracy on a grid with coordinates at; 2-D: loss[i][j] at (at[i], at[j]); None: not finite.
+
+    Drawn as contours and surface of the loss (2-D; losses above ten times the range's lower half are cut), or as
+    loss and accuracy (1-D).
+    """
 
     dimensions: int
     at: list
@@ -27,20 +32,18 @@ class Landscape(Saved):
     accuracy: list
     settings: dict
 
-    def plot(self, path, title=None):
-        """A picture: contours and surface of the loss (2-D), or loss and accuracy (1-D). Returns the path.
+    @property
+    def _width(self):
+        return 11 if self.dimensions == 2 else 6
 
-        Losses above ten times the range's lower half are cut. Raises: ImportError without matplotlib.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: pip install qkernels[measure]") from error
-        figure = Figure(figsize=(11, 4.5) if self.dimensions == 2 else (6, 4.5), layout="constrained")
+    @property
+    def _title(self):
+        return f"loss around the {self.settings['weights']} weights"
+
+    def _draw(self, figure):
+        if len(self.at) < 2:
+            raise ValueError("a picture needs a landscape of size >= 2, got size 1")
         (_plot_surface if self.dimensions == 2 else _plot_line)(self, figure)
-        figure.suptitle(title or f"loss around the {self.settings['weights']} weights")
-        figure.savefig(path, dpi=120)
-        return path
 
 
 def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, dimensions=2, weights="latent",
@@ -55,8 +58,8 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
         criterion: criterion(logits, target) -> mean loss of a batch. dimensions: 1 or 2.
         size: points per side; an odd one has the weights themselves in the middle. span: > 0.
         copies: grid points per pass over the loader. out: JSON file, written as the points come; continued
-            if it is of the same call on the same weights. progress: called with ("landscape", points done,
-            points).
+            if it is of the same call on the same weights, images and criterion. progress: called with
+            ("landscape", points done, points).
 
     Returns: Landscape. Raises: ValueError naming the argument.
     Source: Li et al. 2018, sections 3 and 4.
@@ -72,6 +75,9 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
         "size": size, "span": span, "dimensions": dimensions, "weights": weights, "parameters": parameters,
         "seed": seed, "images": data.size, "sum": sum(w.double().sum().item() for w in subject.values),
     }  # fmt: skip
+    # What the weights themselves give tells other images and another criterion apart.
+    (unperturbed,) = _evaluate(Copies(subject, [subject.values], how), data, criterion)
+    settings |= {"unperturbed": [_finite(value) for value in unperturbed]}
     zeros = [torch.zeros_like(w) for w in subject.values]
     drawn = perturb(zeros, "normal", std=1.0, num=dimensions, seed=seed)
     directions = [filter_normalized(d, subject.values) for d in drawn]
