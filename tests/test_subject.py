@@ -1,11 +1,16 @@
 """What is perturbed, and the network at other values of it."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import qkernels as qk
+from qkernels import sharpness
+from qkernels.models import build_model
 from qkernels.sharpness.subject import Copies, Subject
 
 
@@ -87,3 +92,55 @@ def test_shared_weights_move_together():
     x = torch.randn(2, 4)
     expected = F.linear(F.linear(x, values[0], values[1]), values[0], values[2])
     torch.testing.assert_close(subject.logits(subject.effective(values), x), expected)
+
+
+def test_layers_that_are_left_out_are_named():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    model = nn.ModuleDict({"a": normed, "b": nn.LSTM(4, 4), "c": nn.Linear(4, 2), "d": nn.LayerNorm([2, 2])})
+    said = r"leaves the weights of a \(ParametrizedLinear\), b \(LSTM\) as they are: parameters='all' perturbs them"
+    with pytest.warns(UserWarning, match=said):
+        assert Subject(model).names == ["a.bias", "c.weight", "c.bias"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(Subject(model, parameters="all").names) == len(list(model.parameters()))
+        Subject(build_model("vit_tiny", 10, 3, 32))
+        Subject(qk.quantize_(build_model("resnet20", 10, 3, 32)), "quantized")
+
+
+class Named(nn.Sequential):
+    """Returns its logits as other libraries do."""
+
+    def __init__(self, wrap):
+        super().__init__(nn.Linear(4, 3))
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(super().forward(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda y: {"logits": y}, lambda y: SimpleNamespace(logits=y)])
+@pytest.mark.parametrize("how", ["loop", "vmap"])
+def test_logits_may_come_in_a_mapping_or_an_object(wrap, how):
+    named, plain = Named(wrap), nn.Sequential(nn.Linear(4, 3))
+    plain.load_state_dict(named.state_dict())
+    loader = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    small = {"samples": 2, "iterations": 2, "ascent_steps": 1, "how": how}
+    found, expected = ([
+        sharpness.measure(model, loader, model.state_dict(), **small).searches,
+        sharpness.landscape(model, loader, size=2, how=how),
+        sharpness.linf_sharpness(model, loader, steps=2),
+        sharpness.hessian(model, loader, top=1, trace_samples=2).to_dict(),
+        sharpness.cosine_of_gradients(model, loader, case=None),
+        sharpness.output_variance({"it": model}, loader, samples=2).variance["it"]["output"],
+    ] for model in (named, plain))  # fmt: skip
+    assert found == expected
+
+
+def test_other_outputs_and_batches_are_refused():
+    loader = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    with pytest.raises(TypeError, match="model must return a tensor of logits, .* got tuple: wrap it"):
+        sharpness.landscape(Named(lambda y: (y, y)), loader)
+    with pytest.raises(
+        TypeError, match=r"loader must give \(x, target\) tensors, got dict, Tensor: wrap a model"
+    ):
+        sharpness.landscape(nn.Linear(4, 3), [({"ids": loader[0][0]}, loader[0][1])])

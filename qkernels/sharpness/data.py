@@ -57,7 +57,11 @@ class Data:
                 return
             pair = batch[:2] if isinstance(batch, (tuple, list)) else (batch,)
             if len(pair) < 2 or not all(isinstance(t, torch.Tensor) for t in pair):
-                raise TypeError(f"loader must give (x, target) tensors, got {type(batch).__name__}")
+                given = ", ".join(type(t).__name__ for t in pair)
+                raise TypeError(
+                    f"loader must give (x, target) tensors, got {given}: wrap a model with other inputs in a "
+                    "module that takes one tensor"
+                )
             yield tuple(t.to(self.device) for t in pair)
 
     def __iter__(self):

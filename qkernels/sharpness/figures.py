@@ -21,7 +21,7 @@ from ..training.engine import Trainer
 from .curvature import hessian
 from .data import Data
 from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
-from .subject import _shadow, check_at_least
+from .subject import _shadow, check_at_least, logits_of
 
 _TRACED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -112,7 +112,7 @@ def gradient_norms(model, loader, criterion=F.cross_entropy, *, samples=4, train
                 values = []
                 for _ in range(samples if noisy else 1):
                     _set_noise(model, noisy, torch.randint(2**62, (1,), generator=generator).to(x.device))
-                    loss = criterion(model(x), target)
+                    loss = criterion(logits_of(model(x)), target)
                     gradients = torch.autograd.grad(loss, params, materialize_grads=True)
                     values.append(lists.norm([g.contiguous() for g in gradients]).item())
                 draws[name].append(values)
@@ -152,11 +152,11 @@ def cosine_of_gradients(model, loader, criterion=F.cross_entropy, rho=0.3, case=
     with _own_randomness(seed, data.device):
         for done, (x, target) in enumerate(data):
             optimizer.zero_grad()
-            criterion(model(x), target).backward()
+            criterion(logits_of(model(x)), target).backward()
             vanilla = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
             vanilla = [(p, g) for p, g in vanilla if g is not None]
             optimizer.first_step()
-            criterion(model(x), target).backward()
+            criterion(logits_of(model(x)), target).backward()
             perturbed = [torch.zeros_like(g) if p.grad is None else p.grad for p, g in vanilla]
             dot, ss, gg = lists.dot(perturbed, [g for _, g in vanilla]).tolist()
             optimizer.restore()
@@ -254,7 +254,7 @@ class _Outputs:
 
     def __call__(self, x):
         self.found = {}
-        y = self.model(x)
+        y = logits_of(self.model(x))
         return {**self.found, "output": y}
 
 

@@ -1,12 +1,16 @@
 """What is perturbed: the weights of a model, and the model evaluated at other values of them without being touched."""
 
 import copy
+import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from .. import nn as qnn
+from ..candidates import left_in_float
 from ..convert import quantizers
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
@@ -24,7 +28,7 @@ class Subject:
         model: nn.Module. weights: "latent" or "quantized".
         parameters: "weights" (weights and biases of convolutions, linear layers, embeddings and attention)
             or "all" (every parameter but the quantizers' numbers, so also BatchNorm's).
-    Raises: ValueError naming the argument.
+    Raises: ValueError naming the argument. Warns of other layers with matrices of weights, which "weights" leaves out.
     """
 
     def __init__(self, model, weights="latent", parameters="weights"):
@@ -55,6 +59,8 @@ class Subject:
                 self.uses.append(
                     (places[id(value)], name, quantizer_of.get(layer) if key == "weight" else None)
                 )
+        if parameters == "weights":
+            _warn_of_others(self.model)
         if not self.values:
             raise ValueError(
                 f"model has nothing to perturb: no {'parameter' if parameters == 'all' else 'layer with weights'}"
@@ -81,7 +87,7 @@ class Subject:
         return self._call(effective, x)
 
     def _call(self, effective, x):
-        return functional_call(self.model, effective, (x,), tie_weights=False)
+        return logits_of(functional_call(self.model, effective, (x,), tie_weights=False))
 
     def leaves(self, values=None):
         """Copies of the values that autograd differentiates with respect to."""
@@ -162,6 +168,34 @@ def check_at_least(**given):
     for name, value in given.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def logits_of(output):
+    """The logits in what a network returns: a tensor, or an entry or attribute ``logits``."""
+    if isinstance(output, torch.Tensor):
+        return output
+    held = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(held, torch.Tensor):
+        return held
+    raise TypeError(
+        f"model must return a tensor of logits, or a mapping or object with one as 'logits', got "
+        f"{type(output).__name__}: wrap it in a module that returns the logits"
+    )
+
+
+def _warn_of_others(model):
+    """Layers of other kinds, and those whose weight is computed from other parameters."""
+    names = [
+        f"{name or '(model)'} ({type(layer).__name__})"
+        for name, layer, _ in left_in_float(model)
+        if not isinstance(layer, _LAYERS) or is_parametrized(layer, "weight")
+    ]
+    if names:
+        warnings.warn(
+            f"parameters='weights' leaves the weights of {', '.join(names)} as they are: "
+            "parameters='all' perturbs them too",
+            stacklevel=4,
+        )
 
 
 def _shadow(model):
