@@ -182,6 +182,7 @@ def test_measure_command(run_dir, capsys, monkeypatch):
         "--landscape",
         "--quiet",
     ]
+    (run_dir / "measures.json").unlink(missing_ok=True)
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert "sharpness_mag_orig" in text
@@ -203,11 +204,48 @@ def test_measure_command(run_dir, capsys, monkeypatch):
     assert capsys.readouterr().out == text
 
 
+def test_a_landscape_is_named_after_its_weights(run_dir, monkeypatch):
+    monkeypatch.setattr("qkernels.sharpness.measure_command.Run.kind", lambda *_: None)
+    (run_dir / "measures.json").unlink(missing_ok=True)
+    for kind in ("latent", "quantized"):
+        (run_dir / f"landscape_{kind}.png").unlink(missing_ok=True)
+        shared = ["--quick", "--batches", "1", "--landscape", "--quiet"]
+        assert main(["measure", str(run_dir), "--weights", kind, *shared]) == 0
+    assert all((run_dir / f"landscape_{kind}.png").exists() for kind in ("latent", "quantized"))
+
+
 def test_measure_command_refuses(tmp_path, run_dir, capsys):
     assert main(["measure", str(tmp_path / "nothing")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     assert main(["measure", str(run_dir), "--batches", "0"]) == 2
     assert "--batches: 0 is not a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (["--quick", "--batches", "1", "--batch-size", "16"], "batch_size 128 instead of 16"),
+        (["--quick", "--batches", "2"], "batches 1 instead of 2"),
+        (["--quick", "--batches", "1", "--seed", "1"], "seed 0 instead of 1"),
+        (["--batches", "1"], "quick True instead of False"),
+    ],
+)
+def test_measures_with_other_settings_are_kept(run_dir, capsys, monkeypatch, other, differs):
+    path, partial = run_dir / "measures.json", run_dir / "bounds_latent.partial.json"
+    path.unlink(missing_ok=True)
+    monkeypatch.setattr("qkernels.sharpness.measure_command.Run.kind", lambda *_: None)
+    command = ["measure", str(run_dir), "--quiet"]
+    assert main([*command, "--quick", "--batches", "1"]) == 0
+    before = path.read_text()
+    assert main([*command, *other]) == 2
+    assert f"measures.json holds measures with {differs}; --restart replaces them" in capsys.readouterr().err
+    assert path.read_text() == before
+    pictures = [run_dir / f"landscape_latent.{suffix}" for suffix in ("json", "png")]
+    for old in (partial, *pictures):
+        old.write_text("{}")
+    assert main([*command, *other, "--restart"]) == 0
+    assert json.loads(path.read_text())["settings"] != json.loads(before)["settings"]
+    assert not any(old.exists() for old in (partial, *pictures))
 
 
 def test_measure_command_is_interrupted_and_continued(run_dir, interrupted_codes):

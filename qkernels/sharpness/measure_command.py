@@ -1,6 +1,7 @@
 """`qkernels measure`: every measure of one trained run, in the run's folder."""
 
 import copy
+import hashlib
 import json
 import sys
 import time
@@ -41,7 +42,7 @@ def add_arguments(parser):
     flag("folder", metavar="RUN_DIR", help="a folder that `qkernels train` wrote")
     kinds = ("latent", "quantized", "both")
     flag("--weights", choices=kinds, default="latent", help="perturb them before or after their quantizers")
-    flag("--landscape", action="store_true", help="also landscape.json and landscape.png")
+    flag("--landscape", action="store_true", help="also landscape_latent.png (or _quantized) and its numbers")
     flag(
         "--corruptions", action="store_true", help="also the test images under 15 corruptions x 5 severities"
     )
@@ -59,7 +60,11 @@ def add_arguments(parser):
     flag("--seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
     flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     flag("--threads", type=int, metavar="N", help="CPU threads")
-    flag("--restart", action="store_true", help="forget what an earlier call measured")
+    flag(
+        "--restart",
+        action="store_true",
+        help="forget what an earlier call measured, as other settings require",
+    )
     flag("--quiet", action="store_true", help="no progress")
 
 
@@ -83,7 +88,7 @@ def main(args):
         for kind in kinds:
             run.kind(kind)
         for kind in kinds if args.landscape else ():
-            run.picture(kind, "" if len(kinds) == 1 else f"_{kind}")
+            run.picture(kind)
         if args.figures:
             run.once("figures", run.figures)
             for name, values in run.results["figures"].items():
@@ -104,16 +109,19 @@ class Run:
         batches = args.batches or (QUICK_BATCHES if args.quick else None)
         self.common = {"batches": batches, "seed": args.seed}
         self.path, self.progress = out / "measures.json", Progress(args.quiet)
-        total = sum(p.double().sum().item() for p in model.parameters())
         settings = {
             "quick": args.quick,
             "noise": args.noise,
             "which": args.which,
-            "sum": total,
+            "batch_size": args.batch_size or config["batch_size"],
+            "weights": _digest(model),
             **self.common,
         }
-        old = {} if args.restart or not self.path.exists() else _read(self.path)
-        self.results = old if old.get("settings") == settings else {"settings": settings}
+        if args.restart:
+            for pattern in (self.path.name, "bounds_*.partial.json", "landscape_*.json", "landscape_*.png"):
+                for path in out.glob(pattern):
+                    path.unlink()
+        self.results = _read(self.path, settings) if self.path.exists() else {"settings": settings}
 
     def once(self, key, compute, again=False):
         """Measures a section unless it is there (``again``: anyway, it continues by itself), and writes the file."""
@@ -173,10 +181,8 @@ class Run:
         old = self.results.get(f"hessian_{weights}", {})
         self.once(f"hessian_{weights}", curvature, again=self.args.density and old.get("density") is None)
 
-    def picture(self, weights, suffix):
-        path = self.out / f"landscape{suffix}.json"
-        if self.args.restart:
-            path.unlink(missing_ok=True)
+    def picture(self, weights):
+        path = self.out / f"landscape_{weights}.json"
         found = landscape(
             self.model, self.data.train_eval, F.cross_entropy, self.sizes["size"], weights=weights, out=path,
             progress=self.progress, **self.common,
@@ -227,12 +233,27 @@ def _ascent(model, config):
     return {"rho": 0.3, "case": 3} if quantized else {"rho": 0.05, "case": None}
 
 
-def _read(path):
+def _digest(model):
+    """A name for the weights."""
+    found = hashlib.sha256()
+    for p in model.parameters():
+        found.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
+
+
+def _read(path, settings):
+    """What an earlier call with the same settings measured; one with others is refused, it may have taken hours."""
     try:
         values = json.loads(path.read_text())
     except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}
+        values = None
+    if not isinstance(values, dict) or "settings" not in values:  # damaged
+        return {"settings": settings}
+    old = values["settings"]
+    differs = [f"{k} {old.get(k)} instead of {v}" for k, v in settings.items() if old.get(k) != v]
+    if differs:
+        raise ValueError(f"{path} holds measures with {', '.join(differs)}; --restart replaces them")
+    return values
 
 
 def table(results):
