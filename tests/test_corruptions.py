@@ -267,6 +267,7 @@ def test_imagenet_c(tmp_path):
         for i in range(2):
             Image.new("RGB", (16, 12), (200 * label, 0, 0)).save(folder / f"{i}.JPEG")
     (tmp_path / "fog" / "3" / "n01" / "notes.txt").write_text("not an image")
+    (tmp_path / "fog" / "3" / ".ipynb_checkpoints").mkdir()
     data = corruptions.ImageNetC(tmp_path, "fog", 3)
     assert len(data) == 4 and data.classes == ["n01", "n02"]
     assert [(path.name, label) for path, label in data.samples] == [
@@ -280,6 +281,11 @@ def test_imagenet_c(tmp_path):
     assert images[2, 0].float().mean() > 190 and images[0].max() < 10
     sized = corruptions.ImageNetC(tmp_path, "fog", 3, transform=lambda image: image.size)
     assert sized[0] == ((16, 12), 0)
+    (tmp_path / "fog" / "3" / "n00").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="has class folders without images: n00; accepted suffixes: .jpeg"
+    ):
+        corruptions.ImageNetC(tmp_path, "fog", 3)
     (tmp_path / "fog" / "3" / "n01" / "0.JPEG").write_bytes(b"\xff\xd8 truncated")
     with pytest.raises(ValueError, match=r"0.JPEG is not a complete image file"):
         data[0]

@@ -2,6 +2,7 @@
 
 import builtins
 import gc
+import shutil
 import weakref
 
 import numpy as np
@@ -347,7 +348,9 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_folder_reads_classes_in_order(tmp_path):
-    data = build_data(f"folder:{write_folder(tmp_path)}", 4, image_size=16, workers=0)
+    root = write_folder(tmp_path)
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    data = build_data(f"folder:{root}", 4, image_size=16, workers=0)
     assert (data.train_size, data.test_size, data.num_classes) == (6, 6, 2)
     assert (data.in_channels, data.image_size, data.name) == (3, 16, "folder")
     x, target = (torch.cat(tensors) for tensors in zip(*data.test))
@@ -410,14 +413,20 @@ def test_folder_errors_are_named(tmp_path, missing):
     with pytest.raises(ValueError, match="spec='folder': the data set lies in a folder; expected folder:DIR"):
         build_data("folder", 2)
     (root / "val" / "cat").mkdir()
+    (root / "val" / "cat" / "notes.txt").touch()
+    with pytest.raises(
+        FileNotFoundError, match="val has class folders without images: cat; accepted suffixes: .jpeg"
+    ):
+        build_data(f"folder:{root}", 2)
+    (root / "val" / "cat" / "0.JPG").touch()
     with pytest.raises(ValueError, match="val has the class 'cat', which train lacks"):
         build_data(f"folder:{root}", 2)
-    (root / "val" / "cat").rmdir()
+    shutil.rmtree(root / "val" / "cat")
     (root / "val" / "bee" / "2.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="2.png: not a readable image"):
         list(build_data(f"folder:{root}", 2, workers=0).test)
     (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="train holds no images; expected .*<class>/\\*.jpg"):
+    with pytest.raises(FileNotFoundError, match="train holds no <class>/<image> file"):
         build_data(f"folder:{tmp_path}/empty", 2)
     with pytest.raises(FileNotFoundError, match="train is missing; expected DIR/train/<class>/\\*.jpg"):
         build_data(f"folder:{root}/train", 2)

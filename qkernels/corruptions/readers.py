@@ -59,7 +59,7 @@ class ImageNetC(torch.utils.data.Dataset):
 
     Item i is (image, label): `transform` of the PIL image or, without one, a uint8 tensor (3, H, W); label is
     the rank of the class folder's name. `classes` lists the folders, `samples` the (path, label) pairs.
-    ValueError for an unknown name or severity; FileNotFoundError for a missing folder and for one without
+    ValueError for an unknown name or severity; FileNotFoundError for a missing folder and for a class without
     images.
     """
 
@@ -69,17 +69,9 @@ class ImageNetC(torch.utils.data.Dataset):
         if not root.is_dir():
             raise FileNotFoundError(f"{root} does not exist; {_what_is_there(Path(directory), name)}")
         self.transform = transform
-        self.classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        self.samples = [
-            (path, label)
-            for label, entry in enumerate(self.classes)
-            for path in sorted((root / entry).iterdir())
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not self.samples:
-            raise FileNotFoundError(
-                f"{root} holds no <class>/<image> file; accepted suffixes: {', '.join(IMAGE_SUFFIXES)}"
-            )
+        found = images_by_class(root)
+        self.classes = list(found)
+        self.samples = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
 
     def __len__(self):
         return len(self.samples)
@@ -95,6 +87,25 @@ class ImageNetC(torch.utils.data.Dataset):
         if self.transform is not None:
             return self.transform(image), label
         return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()), label
+
+
+def images_by_class(root):
+    """{name: image files} of the class folders, all sorted; a hidden folder (.ipynb_checkpoints) is no class.
+
+    FileNotFoundError where there is no image, and for a folder without images: as a class it would shift the labels
+    of those after it.
+    """
+    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    found = {
+        name: sorted(path for path in (root / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        for name in folders
+    }
+    accepted = f"accepted suffixes: {', '.join(IMAGE_SUFFIXES)}"
+    if not any(found.values()):
+        raise FileNotFoundError(f"{root} holds no <class>/<image> file; {accepted}")
+    if empty := [name for name, paths in found.items() if not paths]:
+        raise FileNotFoundError(f"{root} has class folders without images: {', '.join(empty)}; {accepted}")
+    return found
 
 
 def _what_is_there(directory, name):

@@ -6,9 +6,8 @@ import weakref
 import numpy as np
 import torch
 
+from qkernels.corruptions.readers import images_by_class
 from qkernels.training.data import IMAGENET_MEAN, IMAGENET_STD, Data, Loader
-
-EXTENSIONS = {".jpg", ".jpeg", ".png"}
 
 
 def folder_data(directory, batch_size, augment, image_size, workers, options):
@@ -46,13 +45,8 @@ def _scan(directory):
         raise FileNotFoundError(
             f"{directory} is missing; expected DIR/train/<class>/*.jpg and DIR/val/<class>/*.jpg"
         )
-    classes = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
-    files = [f for c in classes for f in sorted((directory / c).iterdir()) if f.suffix.lower() in EXTENSIONS]
-    if not files:
-        raise FileNotFoundError(
-            f"{directory} holds no images; expected {directory}/<class>/*.jpg (or .jpeg, .png)"
-        )
-    return classes, files
+    found = images_by_class(directory)
+    return list(found), [file for files in found.values() for file in files]
 
 
 class FolderLoader(Loader):
