@@ -26,7 +26,8 @@ class FeatureDistillation:
             in the last axis for a linear, else in axis 1.
 
     Raises: ValueError (unknown layers, no layer, reduction; in ``loss``: shapes, devices), RuntimeError (``loss``
-        without a forward of the student before it, features changed in place).
+        without a forward of the student before it, features changed in place), TypeError in a forward (a layer that
+        returns something else than a tensor).
     Source: FPQ eqs. 15 to 17 and Algorithm 1.
     """
 
@@ -126,6 +127,10 @@ class _Recorder:
     def keep(self, name):
         def hook(module, args, output):
             if self.running:
+                if not isinstance(output, torch.Tensor):
+                    raise TypeError(
+                        f"layers: {name} returns a {type(output).__name__}; accepted are modules that return a tensor"
+                    )
                 version = None if torch.compiler.is_compiling() else output._version
                 self.outputs.setdefault(name, []).append((output, version))
 

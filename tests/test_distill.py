@@ -440,6 +440,15 @@ def test_bad_forwards(setting):
         distill.loss(x)
 
 
+def test_a_layer_without_a_tensor_is_named():
+    student, teacher = (nn.Sequential(nn.LSTM(4, 4)) for _ in range(2))
+    qk.distill.FeatureDistillation(student, teacher, layers=["0"])
+    with pytest.raises(
+        TypeError, match="layers: 0 returns a tuple; accepted are modules that return a tensor"
+    ):
+        student(torch.randn(2, 3, 4))
+
+
 def test_logit_distillation():
     student, teacher = pair((5, 7), torch.float64)
     assert torch.autograd.gradcheck(lambda s: qk.distill.logit_distillation(s, teacher, 3.0), student)
