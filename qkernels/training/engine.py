@@ -319,7 +319,8 @@ def lr_schedule(name, *, epochs, milestones=(), gamma=0.1, warmup_epochs=0.0):
     """`factor(epoch)` on the learning rate, `epoch` fractional; linear warm-up from 0 over `warmup_epochs` first.
 
     "cosine": (1 + cos(pi * t)) / 2 with t from 0 to 1 over the epochs after the warm-up;
-    "step": gamma ** (number of milestones reached), milestones being fractions of `epochs`;
+    "step": gamma ** (number of milestones reached), milestones being fractions of `epochs`; one within 0.05 epochs of
+    the start of an epoch is that start, so that 0.3333 of 300 epochs is epoch 100;
     "cosine_steps": the product of both; "constant": 1.
 
     Raises:
@@ -332,13 +333,13 @@ def lr_schedule(name, *, epochs, milestones=(), gamma=0.1, warmup_epochs=0.0):
         raise ValueError(f"warmup_epochs: {warmup_epochs} is not in [0, epochs = {epochs})")
     if not all(0 < m < 1 for m in milestones):
         raise ValueError(f"milestones: {list(milestones)} are not fractions of the epochs, between 0 and 1")
+    steps = [m * epochs for m in milestones] if name in ("step", "cosine_steps") else []
+    steps = [round(s) if abs(s - round(s)) < 0.05 else s for s in steps]
 
     def factor(epoch):
         if epoch < warmup_epochs:
             return epoch / warmup_epochs
-        drop = (
-            gamma ** sum(epoch >= m * epochs for m in milestones) if name in ("step", "cosine_steps") else 1.0
-        )
+        drop = gamma ** sum(epoch >= step for step in steps)
         t = (epoch - warmup_epochs) / (epochs - warmup_epochs)
         return drop * ((1 + math.cos(math.pi * t)) / 2 if name.startswith("cosine") else 1.0)
 
