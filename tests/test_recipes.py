@@ -127,6 +127,14 @@ def test_bad_recipe_files_are_named(tmp_path):
         load_recipe(tmp_path / "bad.toml")
 
 
+def test_batchnorm_is_re_estimated_for_mobilenet_alone():
+    """SAQ, appendix A: for MobileNetV2, as PROFIT does, and "unless otherwise specified" not."""
+    assert {name for name in available_recipes() if load_recipe(name)["bn_reestimate"]} == {"saq_mobilenet"}
+    mobilenet = load_recipe("saq_mobilenet")
+    assert (mobilenet["epochs"], mobilenet["weight_decay"], mobilenet["bn_reestimate"]) == (140, 4e-5, 10)
+    assert mobilenet["sharpness"]["rho_by_model"]["mobilenet_v2"] == {"4": 0.40}
+
+
 def test_assignments():
     assert parse_assignment("lr=0.5") == ("lr", 0.5)
     assert parse_assignment("milestones=[0.5, 0.75]") == ("milestones", [0.5, 0.75])
