@@ -1,8 +1,12 @@
-"""Every block of the README runs as written."""
+"""The README: its Python blocks run as written, its commands in order and with options that make them small.
+
+Of its make targets only the names are checked; what lists should be complete, is.
+"""
 
 import copy
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from torch import nn
 
 import qkernels as qk
 from qkernels import cli
+from qkernels.training.recipe import available_recipes
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -79,12 +84,53 @@ def test_conversion_keeps_the_outputs():
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize(
-    "line", [line for b in blocks("") for line in b.splitlines() if line.startswith("qkernels ")]
-)
-def test_command_parses(line):
-    words = shlex.split(line, comments=True)[1:]
-    assert callable(cli.parse(words).run)
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for block in blocks("")
+    for line in block.splitlines()
+    if line.startswith("qkernels ")
+]
+# Options after the README's own, which they override.
+_TRAINING = ["--model", "nin_d1_w1", "--epochs", "1", "--threads", "1"]
+_RUN = [*_TRAINING, "--float-epochs", "1"]
+_CELL = ["--set", "batch_size=512", "--threads", "1"]
+SMALL = {
+    "train --recipe": [*_RUN, "--batch-size", "512", "--quiet"],
+    "measure": ["--quick", "--batches", "1", "--threads", "1", "--quiet"],
+    "bench": ["--backends", "native", "--only", "64x64x3x3", "--repeats", "1", "--threads", "1"],
+    "sweep": [*_CELL, "--set", "float_epochs=1"],
+    "tables": [*_RUN, *_CELL, "--seeds", "1", "--bits", "4", "--batches", "1", "--quiet"],
+    "demo": _TRAINING,
+}
+GRID = """
+[settings]
+recipe = "lsq"
+model = "nin_d1_w1"
+data = "digits"
+epochs = 1
+[grid]
+weight_bits = [4]
+"""
+
+
+def test_commands_run_in_order(tmp_path, monkeypatch):
+    for extra in ("matplotlib", "onnx", "onnxruntime", "sklearn"):
+        pytest.importorskip(extra)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.toml").write_text(GRID)
+    for words in COMMANDS:
+        if words[0] == "compare":  # with what the reader measures later
+            shutil.copy("base.json", "new.json")
+        more = [option for start, option in SMALL.items() if " ".join(words).startswith(start)]
+        assert cli.main([*words, *sum(more, [])]) == 0, words
+    made = "runs/lsq4/measures.json report.html base.json runs/grid/table.md runs/saq/saq-cases.md lsq4.onnx"
+    assert all((tmp_path / name).stat().st_size for name in made.split())
+
+
+def test_the_lists_are_complete():
+    assert {words[0] for words in COMMANDS} == set(cli.COMMANDS)
+    listed = re.search(r"^Recipes are .*?: (.*?)\.\s+`--data`", README, re.MULTILINE | re.DOTALL)[1]
+    assert sorted(re.findall(r"`(.*?)`", listed)) == sorted(available_recipes())
 
 
 @pytest.mark.parametrize("line", sorted(set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE))))
