@@ -140,7 +140,8 @@ def test_a_damaged_file_is_named(tmp_path, file, damage):
     cut = {"half": data[: len(data) // 2], "one byte short": data[:-1], "empty": b"", "one bit": flipped}
     (path / file).write_bytes(cut[damage])
     with pytest.raises(
-        RuntimeError, match=rf"{file} is truncated or damaged.*the one before it is in .*c\.previous"
+        checkpoint.DamagedCheckpoint,
+        match=rf"{file} is truncated or damaged.*the one before it is in .*c\.previous",
     ):
         checkpoint.load(path)
     assert number_of(tmp_path / "c.previous") == 0
@@ -150,8 +151,9 @@ def test_a_damaged_file_is_named(tmp_path, file, damage):
 def test_a_missing_file_is_named(tmp_path, file):
     checkpoint.save(tmp_path / "c", *numbered(0))
     (tmp_path / "c" / file).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{file}.*there is no previous one"):
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=rf"{file}.*there is no previous one") as caught:
         checkpoint.load(tmp_path / "c")
+    assert caught.value.path == tmp_path / "c"
 
 
 def test_no_checkpoint_and_another_version(tmp_path):
@@ -160,8 +162,9 @@ def test_no_checkpoint_and_another_version(tmp_path):
     checkpoint.save(tmp_path / "c", *numbered(0))
     index = tmp_path / "c" / "state.json"
     index.write_text(index.read_text().replace('"version": 1', '"version": 99'))
-    with pytest.raises(RuntimeError, match="has version 99; this qkernels reads version 1"):
+    with pytest.raises(RuntimeError, match="has version 99; this qkernels reads version 1") as caught:
         checkpoint.load(tmp_path / "c")
+    assert not isinstance(caught.value, checkpoint.DamagedCheckpoint)  # it is whole, and worth keeping
 
 
 def test_load_model_takes_a_file_a_checkpoint_or_a_run(tmp_path):
@@ -169,11 +172,39 @@ def test_load_model_takes_a_file_a_checkpoint_or_a_run(tmp_path):
     save_file(numbered(5)[0], tmp_path / "w.safetensors")
     for path, n in (("run", 4), ("run/checkpoint", 4), ("w.safetensors", 5)):
         assert checkpoint.load_model(tmp_path / path)["w"][0] == n
-    with pytest.raises(FileNotFoundError, match="neither a .safetensors file nor a folder with a checkpoint"):
+    with pytest.raises(FileNotFoundError, match="neither a .safetensors, .pt or .pth file nor a folder"):
         checkpoint.load_model(tmp_path / "absent")
     (tmp_path / "w.safetensors").write_bytes(b"not tensors")
     with pytest.raises(RuntimeError, match="w.safetensors is not a whole safetensors file"):
         checkpoint.load_model(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("under", [None, "state_dict", "model"])
+def test_load_model_reads_state_dicts_of_torch_save(tmp_path, under, legacy):
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
+    state = model.state_dict()
+    value = state if under is None else {under: state, "epoch": 3}
+    torch.save(value, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    found = checkpoint.load_model(tmp_path / "w.pth")
+    assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+
+
+def test_other_files_of_torch_save_are_refused(tmp_path):
+    path = tmp_path / "w.pt"
+    for value in ([torch.ones(2)], {"w": torch.ones(2), "epoch": 3}, {"state_dict": 1}, torch.ones(2)):
+        torch.save(value, path)
+        with pytest.raises(RuntimeError, match="w.pt holds no state dict: expected names and tensors"):
+            checkpoint.load_model(path)
+    torch.save(torch.nn.Linear(2, 2), path)
+    with pytest.raises(RuntimeError, match="w.pt is not a whole file of torch.save with tensors alone: W"):
+        checkpoint.load_model(path)
+    torch.save({"w": torch.ones(100)}, path)
+    whole = path.read_bytes()
+    for data in (whole[:-200], whole[:3], b"", b"not a file of torch"):
+        path.write_bytes(data)
+        with pytest.raises(RuntimeError, match="w.pt is not a whole file of torch.save"):
+            checkpoint.load_model(path)
 
 
 def test_random_state_round_trip(tmp_path):

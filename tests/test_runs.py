@@ -63,7 +63,7 @@ def test_a_run_is_not_overwritten_and_a_complete_one_not_repeated(tmp_path, caps
     [
         ({"data": "mnist"}, ValueError, "spec='mnist': unknown data set"),
         ({"data": "cifar10:/nowhere"}, FileNotFoundError, "/nowhere is not a folder"),
-        ({"init": "/nowhere"}, FileNotFoundError, "/nowhere is neither a .safetensors file nor a folder"),
+        ({"init": "/nowhere"}, FileNotFoundError, "/nowhere is neither a .safetensors, .pt or .pth file"),
         ({"schedule": "step", "milestones": [80]}, ValueError, "milestones: .80. are not fractions"),
         ({"sharpness": {"kind": "max"}}, ValueError, "sharpness.kind: 'max' is not one of sam, saq"),
     ],
@@ -85,6 +85,16 @@ def test_weights_of_another_network_are_refused(tmp_path):
         ValueError, match="init: .*w.safetensors does not hold this network's weights: " + message
     ):
         build.load_weights(Tiny(), tmp_path / "w.safetensors")
+
+
+def test_weights_without_the_counters_of_batch_norm_load(tmp_path):
+    """As torchvision's older files are."""
+    torch.manual_seed(5)
+    state = Tiny().state_dict()
+    del state["bn.num_batches_tracked"]
+    torch.save(state, tmp_path / "w.pth")
+    model = build.load_weights(Tiny(), tmp_path / "w.pth")
+    assert torch.equal(model.conv1.weight, state["conv1.weight"]) and model.bn.num_batches_tracked == 0
 
 
 def test_device_errors(tmp_path):

@@ -46,12 +46,15 @@ def _argument(key, value):
 
 
 def load_weights(model, path):
-    """Loads a float checkpoint, run folder or .safetensors file into `model`.
+    """Loads what `checkpoint.load_model` reads (a run folder, a file of float weights) into `model`.
 
     Raises:
         ValueError: its names or shapes are those of another network; the message names the first of each kind.
     """
     state, own = checkpoint.load_model(path), model.state_dict()
+    for name in own.keys() - state.keys():
+        if name.endswith(".num_batches_tracked"):  # absent from files of torch before 0.4.1
+            state[name] = own[name]
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
     if missing or unexpected or shapes:

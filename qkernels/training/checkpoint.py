@@ -4,8 +4,10 @@ A checkpoint is a folder: `model.safetensors` (the state dict, readable by any t
 tensor) and `state.json` (version, sizes and checksums of both files, and the structure around the tensors).
 """
 
+import io
 import json
 import os
+import pickle
 import random
 import shutil
 import zlib
@@ -16,6 +18,16 @@ import torch
 
 VERSION = 1
 MODEL, STATE, INDEX = "model.safetensors", "state.safetensors", "state.json"
+
+
+class DamagedCheckpoint(RuntimeError):
+    """A checkpoint that is not whole, as a power cut may leave it; `path` is its folder."""
+
+    def __init__(self, path, message):
+        previous = path.with_name(path.name + ".previous")
+        other = f"the one before it is in {previous}" if previous.exists() else "there is no previous one"
+        super().__init__(f"{message}; {other}")
+        self.path = path
 
 
 def save(path, model, state):
@@ -63,7 +75,7 @@ def load(path, device="cpu"):
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        RuntimeError: it is truncated or damaged, or another version wrote it.
+        DamagedCheckpoint: it is truncated or damaged, or lacks a file. RuntimeError: another version wrote it.
     """
     wanted, path = path, latest(path)
     if path is None:
@@ -72,34 +84,38 @@ def load(path, device="cpu"):
         index = json.loads((path / INDEX).read_text())
         version = index["version"]
     except FileNotFoundError:
-        raise FileNotFoundError(f"checkpoint {path} has no {INDEX}; {_other(path)}") from None
+        raise DamagedCheckpoint(path, f"checkpoint {path} has no {INDEX}") from None
     except (ValueError, KeyError, TypeError):
-        raise RuntimeError(
-            f"checkpoint file {path / INDEX} is truncated or damaged; {_other(path)}"
-        ) from None
+        raise DamagedCheckpoint(path, f"checkpoint file {path / INDEX} is truncated or damaged") from None
     if version != VERSION:
         raise RuntimeError(
             f"checkpoint {path} has version {version!r}; this qkernels reads version {VERSION}"
         )
-    model, tensors = (_read_tensors(path / name, index["files"][name], device) for name in (MODEL, STATE))
+    model, tensors = (_read_part(path, name, index["files"][name], device) for name in (MODEL, STATE))
     model.update(_decode(index["model"], tensors))
     return model, _decode(index["state"], tensors)
 
 
 def load_model(path, device="cpu"):
-    """The state dict alone: `path` is a `.safetensors` file, a checkpoint folder, or a run folder that holds one.
+    """The state dict alone: `path` is a file, a checkpoint folder, or a run folder that holds one.
+
+    A `.pt` or `.pth` file is read with torch.load(weights_only=True) and holds a state dict, by itself or under
+    "state_dict" or "model"; any other file is of safetensors.
 
     Raises:
         FileNotFoundError: none of these is there.
-        RuntimeError: the file is truncated or damaged.
+        RuntimeError: the file is truncated or damaged, or holds something else.
     """
     path = Path(path)
     if path.is_file():
-        return _read_tensors(path, None, device)
+        read = _read_state_dict if path.suffix in (".pt", ".pth") else _read_tensors
+        return read(path, path.read_bytes(), device)
     for folder in (path, path / "checkpoint"):
         if latest(folder) is not None:
             return load(folder, device)[0]
-    raise FileNotFoundError(f"{path} is neither a .safetensors file nor a folder with a checkpoint")
+    raise FileNotFoundError(
+        f"{path} is neither a .safetensors, .pt or .pth file nor a folder with a checkpoint"
+    )
 
 
 def save_tensors(path, tensors):
@@ -205,26 +221,40 @@ def _write(path, data):
     return {"bytes": len(data), "crc32": zlib.crc32(data)}
 
 
-def _read_tensors(path, expected, device):
-    safetensors = _safetensors()
+def _read_part(folder, name, expected, device):
+    path = folder / name
     if not path.exists():
-        raise FileNotFoundError(f"checkpoint file {path} is missing; {_other(path.parent)}")
+        raise DamagedCheckpoint(folder, f"checkpoint file {path} is missing")
     data = path.read_bytes()
-    if expected is not None and expected != {"bytes": len(data), "crc32": zlib.crc32(data)}:
-        raise RuntimeError(
-            f"checkpoint file {path} is truncated or damaged: {len(data)} bytes, {expected['bytes']} "
-            f"were written; {_other(path.parent)}"
-        )
+    if expected != {"bytes": len(data), "crc32": zlib.crc32(data)}:
+        facts = f"{len(data)} bytes, {expected['bytes']} were written"
+        raise DamagedCheckpoint(folder, f"checkpoint file {path} is truncated or damaged: {facts}")
+    return _read_tensors(path, data, device)
+
+
+def _read_tensors(path, data, device):
+    safetensors = _safetensors()
     try:
         return {name: tensor.to(device) for name, tensor in safetensors.torch.load(data).items()}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise RuntimeError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def _other(path):
-    """What the user can do about a damaged checkpoint."""
-    previous = path.with_name(path.name + ".previous")
-    return f"the one before it is in {previous}" if previous.exists() else "there is no previous one"
+def _read_state_dict(path, data, device):
+    try:
+        value = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(f"{path} is not a whole file of torch.save with tensors alone: {reason}") from None
+    for key in ("state_dict", "model"):
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict) or not all(isinstance(item, torch.Tensor) for item in value.values()):
+        raise RuntimeError(
+            f"{path} holds no state dict: expected names and tensors, by themselves or under "
+            "'state_dict' or 'model'"
+        )
+    return value
 
 
 def _flush_folder(path):

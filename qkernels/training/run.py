@@ -60,7 +60,9 @@ def add_arguments(parser):
     )
     parser.add_argument("--image-size", type=int, metavar="N", help="pixels, for folder:DIR (default: 224)")
     parser.add_argument(
-        "--init", metavar="RUN|FILE", help="float weights to start from: run folder or .safetensors"
+        "--init",
+        metavar="RUN|FILE",
+        help="float weights to start from: run folder, .safetensors, .pt or .pth",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of weights, data order and noise (default: 0)")
     settings = parser.add_argument_group("settings of the recipe that can be overridden")
