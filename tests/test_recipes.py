@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny import QUANTIZED, TINY, Tiny, assert_same, stop_after, trainer
 from torch import nn
 
 from qkernels import cli
-from qkernels.training import build, checkpoint, make_config, train
+from qkernels.sharpness import measure_command
+from qkernels.training import build, checkpoint, load_run, make_config, train
 from qkernels.training.log import RunLog
 from qkernels.training.recipe import available_recipes, load_recipe, parse_assignment
 
@@ -279,6 +281,10 @@ def test_qgen_starts_from_random_weights_and_keeps_the_lowest_training_loss(tmp_
     assert log[2]["train_loss"] > log[1]["train_loss"] < log[0]["train_loss"]
     assert result["test_loss"] == log[1]["test_loss"] != log[2]["test_loss"]
     assert_same(checkpoint.load_model(tmp_path / "run"), checkpoint.load_model(tmp_path / "run" / "selected"))
+    state = checkpoint.load(tmp_path / "run" / "checkpoint")[1]
+    assert (state["weights_epoch"], state["epoch"]) == (2, 3)
+    run = types.SimpleNamespace(out=tmp_path / "run", model=load_run(tmp_path / "run")[0])
+    assert [epoch for epoch, _ in measure_command.Run.kept(run)] == [0, 2]  # as labels of `measure --figures`
     initial = checkpoint.load_model(tmp_path / "run" / "initial.safetensors")
     torch.manual_seed(0)
     assert_same(initial["conv1.weight"], Tiny().conv1.weight.data)

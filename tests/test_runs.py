@@ -1,7 +1,9 @@
 """Run folders: what a run leaves, Ctrl-C, resume, and the recipes from end to end."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import torch
 from tiny import QUANTIZED, TINY, Tiny, assert_same
 
 from qkernels.training import build, checkpoint, load_run, make_config, train
+from qkernels.training.config import check_unchanged, read_config
 from qkernels.training.engine import Interrupt, Trainer
-from qkernels.training.run import Interrupted
+from qkernels.training.run import Diverged, Interrupted
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -176,6 +179,54 @@ def test_log_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path, monkeypa
     train(config, out, resume=True, quiet=True)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [0, 1] and log[1]["train_loss"] < 9
+
+
+@pytest.mark.parametrize("recipe, needed", [("lsq", False), ("kd", True)])
+def test_a_resumed_run_needs_its_float_weights_for_a_teacher_alone(tmp_path, monkeypatch, recipe, needed):
+    """The path of --init holds in every working directory."""
+    monkeypatch.chdir(tmp_path)
+    train(make_config(**{**TINY, "epochs": 1}, recipe="float"), "float", quiet=True)
+    config = make_config(**TINY, recipe=recipe, init="float")
+    interrupting(monkeypatch, 5)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "q", quiet=True)
+    config = read_config(tmp_path / "q")
+    assert config["init"] == str(tmp_path / "float")
+    check_unchanged(config, {"init": "float"}, {}, "q")
+    monkeypatch.chdir("/")
+    (tmp_path / "float").rename(tmp_path / "moved")
+    if needed:
+        with pytest.raises(FileNotFoundError, match="float is neither a .safetensors, .pt or .pth file"):
+            train(config, tmp_path / "q", resume=True, quiet=True)
+        (tmp_path / "moved").rename(tmp_path / "float")
+    assert train(config, tmp_path / "q", resume=True, quiet=True)["epochs"] == 2
+
+
+def test_a_resumed_run_does_not_train_its_float_start_again(tmp_path, monkeypatch):
+    config = make_config(**TINY, recipe="lsq", float_epochs=1)
+    interrupting(monkeypatch, 20)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "q", quiet=True)
+    shutil.rmtree(tmp_path / "q" / "float")
+    assert train(config, tmp_path / "q", resume=True, quiet=True)["epochs"] == 2
+    assert not (tmp_path / "q" / "float").exists()
+
+
+def test_a_run_that_diverges_says_so(tmp_path, monkeypatch):
+    with pytest.raises(Diverged, match="the training loss became nan in epoch 0; a lower lr may help"):
+        train(make_config(**TINY, recipe="float", lr=1e30), tmp_path / "train", quiet=True)
+    evaluate = Trainer.evaluate
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: (math.nan, 0.5))
+    with pytest.raises(Diverged, match="the trained network's loss is nan on training and nan on test"):
+        train(make_config(**{**TINY, "epochs": 1}, recipe="float"), tmp_path / "test", quiet=True)
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+    def failing(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "_step", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_config(**TINY, recipe="float"), tmp_path / "memory", quiet=True)
 
 
 @pytest.mark.parametrize("recipe", QUANTIZED)

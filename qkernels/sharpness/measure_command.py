@@ -214,7 +214,7 @@ class Run:
         for folder in (self.out / "best", self.out / "selected", self.out / "checkpoint"):
             if checkpoint.latest(folder):
                 state, rest = checkpoint.load(folder)
-                states[rest["epoch"]] = state
+                states[rest.get("weights_epoch", rest["epoch"])] = state
         initial = self.out / "initial.safetensors"
         if initial.exists():
             states[0] = checkpoint.load_model(initial)

@@ -1,6 +1,7 @@
 """`qkernels train`: one training run in one folder, from a recipe to a result."""
 
 import argparse
+import math
 import random
 import shlex
 import signal
@@ -45,6 +46,10 @@ class Interrupted(Exception):
     def __init__(self, number, out):
         super().__init__(f"stopped; continue with: qkernels train --out {shlex.quote(str(out))} --resume")
         self.signal = number
+
+
+class Diverged(RuntimeError):
+    """A loss is infinite or NaN: a failure of the settings, which another attempt would repeat."""
 
 
 def add_arguments(parser):
@@ -140,6 +145,7 @@ def train(
     this, and only the first writes and returns the result (the others None).
 
     Raises:
+        Diverged: the loss became infinite or NaN.
         FileExistsError: `out` holds a run and `resume` is False, or is a file.
         Interrupted: Ctrl-C; the checkpoint is written.
         ValueError, FileNotFoundError: of `config`, before anything is written.
@@ -162,7 +168,9 @@ def train(
     data = _data(config, **machine)
     _seed(config["seed"])
     model = build.float_model(config, data)
-    _try(config, model)
+    # A checkpoint replaces the float weights, unless a teacher has them too.
+    needs_init = config["distill"] or checkpoint.latest(out / "checkpoint") is None
+    _try(config, model, needs_init)
     distributed.barrier()  # every process has looked at `out`
     if distributed.rank() == 0:
         try:
@@ -170,8 +178,8 @@ def train(
         except OSError as error:
             raise ValueError(f"--out: {out} cannot be made: {error.strerror}") from None
         write_json(out / "config.json", config)
-    init = config["init"]
-    if starts_from_float(config):
+    init = config["init"] if needs_init else None
+    if starts_from_float(config) and needs_init:
         init = _train_float(config, out, machine, options)
     return _train_one(config, out, init, model, data, machine, options)
 
@@ -186,12 +194,12 @@ def _check_machine(out, threads, workers, tensorboard):
         summary_writer()
 
 
-def _try(config, model):
+def _try(config, model, needs_init):
     """Builds on a copy what the run will build, so that a bad setting fails before anything is written."""
     if config["distill"] and config["init"] is None and not config["float_recipe"]:
         raise ValueError("distill: needs a trained teacher; give init, or a float_recipe")
     probe = deepcopy(model)
-    if config["init"] is not None:
+    if config["init"] is not None and needs_init:
         build.load_weights(probe, config["init"])
     build.optimizer(build.quantize(probe, config), config)
     if starts_from_float(config):
@@ -270,7 +278,12 @@ def _train_one(config, out, init, model, data, machine, options):
 def _train_epochs(trainer, out, log, keep_best, select):
     with Interrupt() as interrupt:
         while trainer.epoch < trainer.epochs:
-            record = trainer.train_epoch(stop=interrupt)
+            try:
+                record = trainer.train_epoch(stop=interrupt)
+            except RuntimeError as error:
+                if trainer.sums.isfinite().all():
+                    raise
+                raise Diverged(str(error)) from error
             if record is not None:
                 record["test_loss"], record["test_acc"] = trainer.evaluate(trainer.data.test)
                 if log is not None:
@@ -288,23 +301,30 @@ def _train_epochs(trainer, out, log, keep_best, select):
                 raise Interrupted(interrupt.signal or signal.SIGINT, out)
 
 
-def _save(path, trainer):
-    state = trainer.state_dict()  # on every process: it gathers
+def _save(path, trainer, **more):
+    state = {**trainer.state_dict(), **more}  # on every process: it gathers
     if distributed.rank() == 0:
         checkpoint.save(path, trainer.model.state_dict(), state)
 
 
 def _finish(trainer, config, out, data):
     """The epoch selected, BatchNorm statistics if asked for, the final measurements, `result.json`."""
+    epoch = trainer.epoch
     if config["select"] == "train_loss":
-        trainer.model.load_state_dict(checkpoint.load(out / "selected", trainer.device)[0])
-        _save(out / "checkpoint", trainer)
+        state, rest = checkpoint.load(out / "selected", trainer.device)
+        trainer.model.load_state_dict(state)
+        epoch = rest["epoch"]
+        _save(out / "checkpoint", trainer, weights_epoch=epoch)
     if config["bn_reestimate"]:
         data.train.set_epoch(0)
         bn_reestimate(trainer.model, data.train, config["bn_reestimate"])
-        _save(out / "checkpoint", trainer)
+        _save(out / "checkpoint", trainer, weights_epoch=epoch)
     train_loss, train_acc = trainer.evaluate(data.train_eval)
     test_loss, test_acc = trainer.evaluate(data.test)
+    if not math.isfinite(train_loss + test_loss):
+        raise Diverged(
+            f"the trained network's loss is {train_loss} on training and {test_loss} on test images"
+        )
     if distributed.rank() > 0:
         return None
     lines = read_log(out)
