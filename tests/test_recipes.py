@@ -201,7 +201,7 @@ def test_saq_takes_rho_by_model_and_bits(model, bits, settings, rho):
         ("saq", {"sharpness.case": 4}, "case must be 1, 2 or 3, got 4"),
         ("saq", {"weight_bits": 32}, "case 3 needs a model with quantized weights"),
         ("fpq", {"distill.scale": 1.0}, "distill.scale: unknown; known are reduction"),
-        ("fpq", {"weight_bits": 32, "act_bits": 32}, "distill: needs a quantized method"),
+        ("float", {"sharpness.kind": "saq"}, "sharpness.kind: 'saq' needs a quantized method; 'sam' is for"),
         ("fpq", {"float_recipe": ""}, "distill: needs a trained teacher; give init, or a float_recipe"),
         ("lsq", {"quantizer.axis": 1}, "quantizer.axis: unknown; known are method, weight_bits"),
         ("lsq", {"seed": 10**23}, "seed: 1000.* is not an integer from 0 to 9223372036854775807"),
@@ -288,6 +288,16 @@ def test_qgen_starts_from_random_weights_and_keeps_the_lowest_training_loss(tmp_
     initial = checkpoint.load_model(tmp_path / "run" / "initial.safetensors")
     torch.manual_seed(0)
     assert_same(initial["conv1.weight"], Tiny().conv1.weight.data)
+
+
+@pytest.mark.parametrize(
+    "recipe, kind", [("saq", None), ("saq_vit", None), ("kd", None), ("fpq", None), ("sam", "sam")]
+)
+def test_32_bits_clear_what_needs_quantizers(tmp_path, recipe, kind):
+    """So that an axis of bits may include them."""
+    config = make_config(**{**TINY, "epochs": 1, "recipe": recipe, "weight_bits": 32, "act_bits": 32})
+    assert config["sharpness"].get("kind") == kind and not config["distill"] and not config["method"]
+    assert train(config, tmp_path / "run", quiet=True)["test_acc"] > 0
 
 
 def test_32_bits_are_floating_point(tmp_path):

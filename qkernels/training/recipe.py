@@ -11,7 +11,7 @@ from pathlib import Path
 SETTINGS = {
     "summary": "",  # one line for --list-recipes
     "method": "",  # of QConfig; empty trains in floating point
-    "weight_bits": 4,  # 2 to 8; 32 stays in floating point, and both of them train in floating point
+    "weight_bits": 4,  # 2 to 8; 32 stays in floating point. Both 32: no method, no distill, no sharpness of kind saq
     "act_bits": 4,
     "epochs": 100,
     "batch_size": 128,
@@ -86,7 +86,9 @@ def load_recipe(name, data="", overrides=None):
         if settings[key].get("kind") == "none":
             settings[key] = {}
     if settings["weight_bits"] == settings["act_bits"] == 32:
-        settings["method"] = ""
+        settings["method"], settings["distill"] = "", {}
+        if settings["sharpness"].get("kind") == "saq":
+            settings["sharpness"] = {}
     _check(settings)
     if not settings["method"]:
         settings["weight_bits"] = settings["act_bits"] = 32
@@ -103,6 +105,11 @@ def parse_assignment(text):
         return key.strip(), toml.loads("value = " + value)["value"]
     except toml.TOMLDecodeError:
         return key.strip(), value.strip()
+
+
+def overlap(key, other):
+    """Whether both keys set the same: they are equal, or one is a table and the other inside of it."""
+    return key == other or key.startswith(other + ".") or other.startswith(key + ".")
 
 
 def _names():
@@ -160,6 +167,8 @@ def _check(settings):
         raise ValueError(
             "distill: needs a quantized method; the teacher is the float model that run starts from"
         )
+    if settings["sharpness"].get("kind") == "saq" and not settings["method"]:
+        raise ValueError("sharpness.kind: 'saq' needs a quantized method; 'sam' is for floating point")
     if settings["lr"] <= 0:
         raise ValueError(f"lr: {settings['lr']} is not positive")
 
