@@ -8,12 +8,13 @@ import os
 import re
 import signal
 import statistics
+import tempfile
 from pathlib import Path
 
-from .training.cells import Cell, check_cells, results, work
-from .training.log import say, write_atomically, write_json
-from .training.recipe import SETTINGS, _toml, parse_assignment
-from .training.run import RUN
+from .training.cells import Cell, check_cells, check_device_and_data, done, results, work
+from .training.log import read_json, say, write_atomically, write_json
+from .training.recipe import SETTINGS, _toml, overlap, parse_assignment
+from .training.run import RUN, check_machine
 
 _KEYS = ("by", "settings", "grid")
 _GRIDS = importlib.resources.files("qkernels.training") / "grids"
@@ -52,19 +53,30 @@ def main(args):
     if args.list:
         print("\n".join(cell.name for cell in cells))
         return 0
-    threads = args.threads or max(1, (os.cpu_count() or 1) // max(1, args.workers))
+    threads = args.threads
+    if threads is None:
+        threads = max(1, (os.cpu_count() or 1) // max(1, args.workers))
     machine = {"device": args.device, "threads": threads}
-    stopped = run_cells(cells, args.out, args.workers, args.engine, args.retry, args.quiet, **machine)
+    stopped, errors = run_cells(cells, args.out, args.workers, args.engine, args.retry, args.quiet, **machine)
     print(write_table(grid, args.out))
+    return exit_code(cells, args.out, stopped, errors)
+
+
+def exit_code(cells, out, stopped, errors):
+    """That of a command which ran the cells; what is missing is told, with the errors."""
+    finished, failed = results(cells, out)
+    errors = {name: error for name, error in errors.items() if name not in {**finished, **failed}}
+    for name, error in {**failed, **errors}.items():
+        say(f"{name}: {error}")
     if stopped:
-        say(f"qkernels: stopped; continue with the same command (--out {args.out})")
+        say(f"qkernels: stopped; continue with the same command (--out {out})")
         return 128 + stopped
-    finished, failed = results(cells, args.out)
-    if len(finished) < len(cells):
-        say(
-            f"{len(failed)} cells failed, {len(cells) - len(finished) - len(failed)} are left or train elsewhere"
-        )
-    return int(len(finished) < len(cells))
+    left = len(cells) - len(finished) - len(failed)
+    if failed:
+        say(f"{len(failed)} cells failed; --retry trains them again, from the start")
+    if left:
+        say(f"{left} cells are left; the same command goes on with them")
+    return int(bool(failed or left))
 
 
 def load_grid(path, fixed=None):
@@ -76,7 +88,7 @@ def load_grid(path, fixed=None):
     `by` names the axes of which the final table has a row per value; over the others it averages.
 
     Args:
-        path: a .toml file, or the name of a grid of the package. fixed: settings over those of the file.
+        path: a .toml file, or the name of a grid of the package. fixed: settings over those of the file, of no axis.
 
     Returns: {"by": names, "cells": [(Cell, {axis: value})]}.
     Raises: ValueError naming the key.
@@ -95,11 +107,15 @@ def load_grid(path, fixed=None):
         raise ValueError(f"grid: unknown key {unknown[0]!r} in {file}; known are {', '.join(_KEYS)}")
     settings, axes = {**given.get("settings", {}), **(fixed or {})}, given.get("grid", {})
     _check_axes(settings, axes)
+    for key in fixed or ():
+        for axis, values in axes.items():
+            if any(overlap(key, name) for name in (axis, *_inside(axis, values))):
+                raise ValueError(f"{key}: the axis {axis} of the grid sets it, so it cannot be fixed")
     by = given.get("by", [])
     if wrong := [axis for axis in by if axis not in axes]:
         raise ValueError(f"by: {wrong[0]!r} is no axis of the grid; axes are {', '.join(axes)}")
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    cells = [(_cell(settings, point, fixed or {}), point) for point in points]
+    cells = [(_cell(settings, point), point) for point in points]
     names = [cell.name for cell, _ in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"grid: two cells are both named {twice[0]}")
@@ -120,19 +136,21 @@ def _check_axes(settings, axes):
         tables = all(isinstance(value, dict) for value in values) and axis not in SETTINGS
         if not (tables or _known(axis) or f"{{{axis}}}" in text):
             raise ValueError(f"grid.{axis}: no setting of that name, nor is {{{axis}}} in a setting's text")
-    for key in (
-        *settings,
-        *(k for values in axes.values() for v in values if isinstance(v, dict) for k in v),
-    ):
+    for key in (*settings, *(key for axis, values in axes.items() for key in _inside(axis, values))):
         if not _known(key):
             raise ValueError(f"settings.{key}: no setting of that name")
+
+
+def _inside(axis, values):
+    """The settings in an axis's tables; where the axis is itself a setting, a table is its value."""
+    return [] if axis in SETTINGS else [key for value in values if isinstance(value, dict) for key in value]
 
 
 def _known(key):
     return key.partition(".")[0] in {**SETTINGS, **RUN}
 
 
-def _cell(settings, point, fixed):
+def _cell(settings, point):
     """The cell at a point of the grid: its name says the point, its arguments are settings."""
     arguments, words = dict(settings), []
     for axis, value in point.items():
@@ -141,7 +159,6 @@ def _cell(settings, point, fixed):
             arguments.update(value)
         elif _known(axis):
             arguments[axis] = value
-    arguments.update(fixed)
     try:
         filled = {k: v.format(**point) if isinstance(v, str) else v for k, v in arguments.items()}
     except (KeyError, IndexError, ValueError) as error:
@@ -150,22 +167,30 @@ def _cell(settings, point, fixed):
 
 
 def run_cells(cells, out, workers=1, engine="local", retry=False, quiet=False, **machine):
-    """Trains what is left of `cells` with `workers` processes; returns the signal that stopped it, else 0.
+    """Trains what is left of `cells` with `workers` processes.
+
+    Returns (the signal that stopped it, else 0; {name: error} of the cells left because of an error that is not their
+    settings').
 
     Workers are processes: four or eight small quantized nets side by side in one process (vmap over stacked
     weights) take 2 to 4 times as long on a CPU as one after the other.
 
-    machine: device and threads, as of `train`.
-    Raises: ValueError (bad settings, before anything is written), ImportError (engine "ray" without Ray).
+    machine: device and threads, as of `train`. retry: also train the cells again that failed.
+    Raises, before anything is written: ValueError (bad settings, device or threads), FileNotFoundError (no data),
+    ImportError (a missing extra, such as Ray for engine "ray").
     """
     if workers < 1:
         raise ValueError(f"workers: {workers} is not a positive number")
+    check_machine(machine.get("threads"))
     check_cells(cells, out)
     out = Path(out).resolve()
+    failed = results(cells, out)[1] if retry else {}
+    left = [cell for cell in cells if cell.name in failed or not done(out / cell.name)]
+    if left and engine == "local":  # Ray's nodes may have what this one lacks
+        check_device_and_data(left, machine.get("device", "auto"))
     out.mkdir(parents=True, exist_ok=True)
-    if retry:
-        for cell in cells:
-            (out / cell.name / "failure.json").unlink(missing_ok=True)
+    for name in failed:
+        (out / name / "failure.json").unlink(missing_ok=True)
     if engine == "ray":
         return _run_on_ray(cells, out, workers, quiet, machine)
     if workers == 1:
@@ -174,9 +199,18 @@ def run_cells(cells, out, workers=1, engine="local", retry=False, quiet=False, *
 
 
 def _run_processes(cells, out, workers, quiet, machine):
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{i}.json" for i in range(workers)]
+        stopped = _join_processes(files, (cells, out, quiet, os.getpid(), machine), quiet)
+        errors = {}
+        for file in files:
+            errors |= read_json(file) if file.exists() else {}
+    return stopped, errors
+
+
+def _join_processes(files, common, quiet):
     context, stopped = multiprocessing.get_context("spawn"), 0
-    common = (cells, out, quiet, os.getpid(), machine)
-    processes = [context.Process(target=_worker, args=common) for _ in range(workers)]
+    processes = [context.Process(target=_worker, args=(file, *common)) for file in files]
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for process in processes:
@@ -193,13 +227,17 @@ def _run_processes(cells, out, workers, quiet, machine):
         signal.signal(signal.SIGTERM, former)
     lost = [p.exitcode for p in processes if p.exitcode]
     if lost and not stopped:
-        say(f"{len(lost)} of {workers} workers ended early (exit codes {', '.join(map(str, lost))})", quiet)
+        say(
+            f"{len(lost)} of {len(files)} workers ended early (exit codes {', '.join(map(str, lost))})", quiet
+        )
     return stopped
 
 
-def _worker(cells, out, quiet, parent, machine):
+def _worker(file, cells, out, quiet, parent, machine):
     os.setsid()  # Ctrl-C is for the parent, which passes it on once
-    raise SystemExit(work(cells, out, quiet, parent, **machine))
+    stopped, errors = work(cells, out, quiet, parent, **machine)
+    write_json(file, errors)
+    raise SystemExit(stopped)
 
 
 def _run_on_ray(cells, out, workers, quiet, machine):
@@ -214,8 +252,8 @@ def _run_on_ray(cells, out, workers, quiet, machine):
     # A task sees the GPUs it asks for, no others.
     gpus = int(machine.get("device") != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
     task = ray.remote(num_cpus=machine.get("threads") or 1, num_gpus=gpus, max_retries=-1)(work)
-    stopped = ray.get([task.remote(cells, out, quiet, **machine) for _ in range(workers)])
-    return max(stopped)
+    ended = ray.get([task.remote(cells, out, quiet, **machine) for _ in range(workers)])
+    return max(stopped for stopped, _ in ended), {k: v for _, errors in ended for k, v in errors.items()}
 
 
 def write_table(grid, out):

@@ -184,7 +184,7 @@ def test_measures_tables_and_pictures(tmp_path):
     number = page.tables.index(bounds)
     assert page.classes[(number, "0.550")] == "best" and page.classes[(number, "2.000")] == ""
     curvature = page.tables[number + 1]
-    assert curvature[0] == ["", "λ max", "Trace", "L∞, ρ = 0.001"]
+    assert curvature[0] == ["", "λ₁", "Trace", "L∞, ρ = 0.001"]
     assert curvature[2] == ["lsq W4A4", "5.500", "27.500 ± 0.550", "0.055"]
     layers = page.tables[number + 2]
     assert layers[2] == ["lsq W4A4", "5.000", "0.0055", "0.0055"] and layers[1] == [

@@ -1,21 +1,27 @@
 """Sweeps: the cells of a grid, claims between processes, and the same table after any interruption."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from qkernels import cli, sweep
 from qkernels.sweep import load_grid, run_cells
 from qkernels.training import cells as cells_module
-from qkernels.training.cells import claim
+from qkernels.training import make_config
+from qkernels.training.cells import Cell, check_cells, claim
+from qkernels.training.engine import Trainer
+from qkernels.training.run import Diverged
 
 ROOT = Path(__file__).parents[1]
 TINY = """
@@ -30,6 +36,9 @@ lr = 0.01
 depth = [1, 2]
 weight_bits = [32, 2]
 """
+
+
+TINY_RUN = {"model": "nin_d1_w1", "data": "fake:3x8x8:4", "lr": 0.01}
 
 
 @pytest.fixture
@@ -135,9 +144,34 @@ def test_bad_settings_fail_before_anything_is_written(tmp_path, grid, capsys):
         (["--set", "schedule=linear"], "schedule: 'linear' is not one of"),
         (["--workers", "0"], "workers: 0 is not a positive number"),
         (["--set", "lrr=1"], "settings.lrr: no setting of that name"),
+        (["--threads", "0"], "--threads: 0 is not a number of at least 1"),
+        (["--device", "cuda:99"], "--device: 'cuda:99' is not there"),
+        (["--data", "cifar10:/nowhere"], "/nowhere is not a folder"),
+        (
+            ["--set", "weight_bits=4"],
+            "weight_bits: the axis weight_bits of the grid sets it, so it cannot be",
+        ),
     ):
         assert cli.main([*argv, *more]) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "axis, fixed, name",
+    [
+        ("epochs = [2, 3]", {"epochs": 5}, "epochs"),
+        ("training = [{ lr = 0.1 }, { lr = 0.2 }]", {"lr": 5.0}, "training"),
+        ("sharpness.rho = [0.1, 0.2]", {"sharpness": {"kind": "sam"}}, "sharpness.rho"),
+        ("sharpness = [{ rho = 0.1 }]", {"sharpness.rho": 0.3}, "sharpness"),
+    ],
+)
+def test_a_fixed_setting_is_no_axis(tmp_path, axis, fixed, name):
+    (tmp_path / "g.toml").write_text("[grid]\n" + axis.replace("sharpness.rho", '"sharpness.rho"'))
+    with pytest.raises(ValueError, match=f"{next(iter(fixed))}: the axis {name} of the grid sets it"):
+        load_grid(tmp_path / "g.toml", fixed)
+    assert (
+        load_grid(tmp_path / "g.toml", {"weight_decay": 0.1})["cells"][0][0].arguments["weight_decay"] == 0.1
+    )
 
 
 def test_the_table_is_the_mean_over_cells(whole):
@@ -197,7 +231,7 @@ def test_a_cell_that_fails_does_not_stop_the_others(tmp_path, grid, capsys):
     finally:
         cells_module.train = plain
     captured = capsys.readouterr()
-    assert "the training loss became nan" in captured.err and "2 cells failed, 0 are left" in captured.err
+    assert "the training loss became nan" in captured.err and "2 cells failed; --retry trains" in captured.err
     assert "0 of 2" in captured.out and len(json.loads(tables(tmp_path / "out")[1])["failed"]) == 2
 
 
@@ -206,10 +240,143 @@ def failing(train):
 
     def training(config, *args, **options):
         if "9999" in config["model"]:
-            raise RuntimeError("the training loss became nan")
+            args[0].mkdir()
+            raise Diverged("the training loss became nan")
         return train(config, *args, **options)
 
     return training
+
+
+def counting(monkeypatch, change=None):
+    """The names of the cells that are trained from now on, and whether each was resumed."""
+    trained, plain = [], cells_module.train
+
+    def training(config, out, resume=False, **options):
+        trained.append((out.name, resume))
+        if change is not None:
+            change(config)
+        return plain(config, out, resume=resume, **options)
+
+    monkeypatch.setattr(cells_module, "train", training)
+    return trained
+
+
+def test_an_error_that_is_not_the_settings_leaves_the_cell_to_be_trained(tmp_path, grid, capsys, monkeypatch):
+    """The others go on, the same worker does not try it for ever, and the next call trains it."""
+    argv = command(grid, tmp_path / "out", "--set", "epochs=1", "--quiet")[3:]
+
+    def full(config):
+        if config["model"] == "nin_d2_w1":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        trained = counting(patch, full)
+        assert cli.main(argv) == 1 and len(trained) == 4
+    err = capsys.readouterr().err
+    assert err.count("OutOfMemoryError: CUDA out of memory") == 2 and "2 cells are left" in err
+    assert not list((tmp_path / "out").glob("*/failure.json"))
+    trained = counting(monkeypatch)
+    assert cli.main(argv) == 0 and len(trained) == 2
+
+
+def test_errors_of_several_workers_are_told(tmp_path, grid, capfd):
+    text = TINY.replace("[32, 2]", "[2]") + 'quantizer = [{ act_noise = { kind = "Loud" } }]\n'
+    grid.write_text(text)
+    assert cli.main(command(grid, tmp_path / "out", "--workers", 2, "--quiet")[3:]) == 1
+    err = capfd.readouterr().err
+    assert (
+        err.count("ValueError: quantizer.act_noise.kind: 'Loud' is not one of") == 2
+        and "2 cells are left" in err
+    )
+    assert not list((tmp_path / "out").glob("*/config.json"))
+
+
+def test_retry_trains_from_the_start_what_diverged(tmp_path, grid, capsys, monkeypatch):
+    """Its checkpoint is one epoch away from diverging again, and is kept beside."""
+    out = tmp_path / "out"
+    grid.write_text(TINY.replace("[1, 2]", "[1]").replace("[32, 2]", "[32]"))
+    argv = command(grid, out, "--quiet")[3:]
+    cell = out / "depth-1_weight_bits-32"
+    plain, calls = Trainer.train_epoch, []
+
+    def diverging(self, stop):
+        calls.append(self.epoch)
+        if len(calls) == 2:
+            self.sums[0] = math.nan
+            raise RuntimeError("the training loss became nan")
+        return plain(self, stop)
+
+    monkeypatch.setattr(Trainer, "train_epoch", diverging)
+    assert cli.main(argv) == 1 and calls == [0, 1]
+    assert json.loads((cell / "failure.json").read_text()) == {
+        "error": "Diverged: the training loss became nan"
+    }
+    assert (cell / "checkpoint.aside").is_dir() and not (cell / "checkpoint").exists()
+    assert cli.main(argv) == 1 and calls == [0, 1]
+    assert "Diverged: the training loss became nan" in capsys.readouterr().err  # each time, even with --quiet
+    assert cli.main([*argv, "--retry"]) == 0 and calls == [0, 1, 0, 1]
+    assert not (cell / "failure.json").exists() and (cell / "result.json").exists()
+
+
+def test_a_damaged_checkpoint_costs_an_epoch_not_the_run(tmp_path, monkeypatch):
+    """First the one before it is tried, then the start; the float start stays; nothing is deleted."""
+    cell = Cell("cell", {**TINY_RUN, "recipe": "lsq", "epochs": 4, "float_epochs": 1})
+    run_cells([cell], tmp_path, quiet=True, threads=1, device="cpu")
+    run = tmp_path / "cell"
+    (whole := run / "result.json").rename(tmp_path / "whole.json")
+    start = (run / "float" / "result.json").stat().st_mtime_ns
+    (run / "checkpoint" / "model.safetensors").write_bytes(b"half")
+    epochs, plain = [], Trainer.train_epoch
+    monkeypatch.setattr(
+        Trainer, "train_epoch", lambda self, stop: (epochs.append(self.epoch), plain(self, stop))[1]
+    )
+    run_cells([cell], tmp_path, quiet=True, threads=1, device="cpu")
+    assert epochs == [3] and (run / "checkpoint.aside" / "model.safetensors").read_bytes() == b"half"
+    for name in ("checkpoint", "checkpoint.previous"):
+        (run / name / "state.json").unlink()
+    whole.unlink()
+    run_cells([cell], tmp_path, quiet=True, threads=1, device="cpu")
+    assert epochs == [3, 0, 1, 2, 3] and (run / "float" / "result.json").stat().st_mtime_ns == start
+    results = [json.loads(path.read_text()) for path in (whole, tmp_path / "whole.json")]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+
+
+def test_an_error_on_resume_keeps_the_run(tmp_path, monkeypatch):
+    cell = Cell("cell", {**TINY_RUN, "recipe": "float", "epochs": 2})
+    run_cells([cell], tmp_path, quiet=True, threads=1, device="cpu")
+    (tmp_path / "cell" / "result.json").unlink()
+    before = sorted(path for path in (tmp_path / "cell").rglob("*"))
+
+    def full(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    counting(monkeypatch, full)
+    _, errors = run_cells([cell], tmp_path, quiet=True, threads=1, device="cpu")
+    assert errors == {"cell": "OutOfMemoryError: CUDA out of memory"}
+    assert before == sorted(path for path in (tmp_path / "cell").rglob("*"))
+
+
+def test_other_float_weights_are_another_run(tmp_path):
+    """The path says which they are; a folder that moved keeps its name."""
+
+    def cell(init):
+        return Cell("cell", {**TINY_RUN, "recipe": "lsq", "init": str(init)})
+
+    for name in ("a/float_s0", "b/float_s0", "b/float_s1"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "out" / "cell").mkdir(parents=True)
+    config = make_config(**cell(tmp_path / "a" / "float_s0").arguments)
+    (tmp_path / "out" / "cell" / "config.json").write_text(json.dumps(config))
+    check_cells([cell(tmp_path / "b" / ".." / "a" / "float_s0")], tmp_path / "out")
+    for other in ("b/float_s0", "b/float_s1"):
+        with pytest.raises(
+            ValueError, match="init = '.*b/float_s.' differs from '.*a/float_s0' of the run in"
+        ):
+            check_cells([cell(tmp_path / other)], tmp_path / "out")
+    (tmp_path / "a").rename(tmp_path / "c")
+    check_cells([cell(tmp_path / "b" / "float_s0")], tmp_path / "out")
+    with pytest.raises(ValueError, match="differs from"):
+        check_cells([cell(tmp_path / "b" / "float_s1")], tmp_path / "out")
 
 
 def test_a_living_claim_is_respected_and_a_dead_one_taken(tmp_path):
@@ -243,6 +410,19 @@ def test_the_claim_of_another_machine_is_void_without_signs_of_life(tmp_path):
     os.utime(path, (long_ago, long_ago))
     with claim(tmp_path, "cell") as mine:
         assert mine and [p.name for p in tmp_path.iterdir()] == ["cell.5"]
+
+
+def test_an_owner_whose_claim_was_taken_ends(tmp_path, monkeypatch, capsys):
+    """Else both would write the same run. One that gives its claim back goes on."""
+    monkeypatch.setattr(cells_module, "BEAT", 0.01)
+    monkeypatch.setattr(cells_module.os, "_exit", sys.exit)
+    with claim(tmp_path, "cell.b"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit) as ended:
+        cells_module._beat(tmp_path / "cell.b.0", threading.Event(), None)
+    assert ended.value.code == 1
+    assert "another process has taken over cell.b; this one ends" in capsys.readouterr().err
 
 
 def test_a_reused_process_id_is_not_taken_for_the_owner(tmp_path):
@@ -279,12 +459,14 @@ def test_ray_tasks_ask_for_a_gpu_where_there_are_any(tmp_path, monkeypatch, devi
 
     def remote(**resources):
         asked.append(resources)
-        return lambda function: types.SimpleNamespace(remote=lambda *args, **_: (asked.append(args), 0)[1])
+        return lambda function: types.SimpleNamespace(
+            remote=lambda *args, **_: (asked.append(args), (0, {args[1].name: "lost"}))[1]
+        )
 
     ray.remote = remote
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.chdir(tmp_path)
-    assert run_cells([], "out", 2, engine="ray", device=device, threads=1) == 0
+    assert run_cells([], "out", 2, engine="ray", device=device, threads=1) == (0, {"out": "lost"})
     assert (asked[0]["num_cpus"], asked[0]["num_gpus"]) == (1, gpus)
     assert [args[1] for args in asked[1:]] == [tmp_path / "out"] * 2
 

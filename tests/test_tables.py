@@ -2,12 +2,14 @@
 
 import json
 import math
+import types
 
 import pytest
 
 from qkernels import cli
 from qkernels.training import load_run, make_config, tables
-from qkernels.training.papers import METHODS, TABLES
+from qkernels.training.papers import METHODS, TABLES, Row, Table
+from qkernels.training.run import Diverged
 from qkernels.training.tables import parse_bits
 
 TINY = [
@@ -135,14 +137,16 @@ def test_fpq_ablation_shares_runs_between_its_tables(tmp_path, capsys):
     assert "of one seed: it may be chance" in text
 
 
-def test_saq_cases_show_the_largest_eigenvalue(tmp_path, capsys):
-    code, text, err = run(
-        capsys, "saq-cases", *TINY, "--out", tmp_path, "--seeds", 1, "--bits", "4", "--batches", 1
-    )
+def test_saq_cases_show_the_dominant_eigenvalue(tmp_path, capsys):
+    argv = ["saq-cases", *TINY, "--out", tmp_path, "--seeds", 1, "--bits", "4"]
+    code, text, err = run(capsys, *argv, "--batches", 1)
     assert code == 0, err
     lines = cells_of(text, "SAQ, table 4")
-    assert lines[0] == ["", "W4A4", "W4A4 largest eigenvalue"] and [row[0] for row in lines[2:]][0] == "SGD"
+    assert lines[0] == ["", "W4A4", "W4A4 dominant eigenvalue"] and [row[0] for row in lines[2:]][0] == "SGD"
     assert all(float(row[2]) != 0 for row in lines[2:]) and len({row[2] for row in lines[2:]}) == 4
+    more = cells_of(run(capsys, *argv, "--batches", 2)[1], "SAQ, table 4")
+    assert [row[1] for row in more] == [row[1] for row in lines]
+    assert all(row[2] != old[2] for row, old in zip(more[2:], lines[2:]))  # of other batches: measured again
 
 
 def test_throughput_and_sam_start(tmp_path, capsys):
@@ -189,6 +193,12 @@ def test_bits(text, pairs):
         (["nt-noise", "--methods", "lsq"], "--methods: 'lsq' is for the table 'methods' alone"),
         (["methods", "--set", "lr"], "--set: 'lr' is not of the form key=value"),
         (["methods", "--set", "schedule=linear"], "schedule: 'linear' is not one of"),
+        (["methods", "--device", "cuda:99"], "--device: 'cuda:99' is not there"),
+        (["methods", "--set", "seed=3"], "--set: seed is what the cells of this table differ in"),
+        (
+            ["saq-rho", "--set", "sharpness.rho=3"],
+            "--set: sharpness.rho is what the cells of this table differ",
+        ),
     ],
 )
 def test_bad_arguments(tmp_path, capsys, argv, message):
@@ -203,14 +213,61 @@ def test_a_failed_run_leaves_a_gap(tmp_path, capsys, monkeypatch):
 
     plain = cells.train
 
-    def training(config, *args, **options):
+    def training(config, out, **options):
         if config["recipe"] == "dorefa":
-            raise RuntimeError("the training loss became nan")
-        return plain(config, *args, **options)
+            out.mkdir()
+            raise Diverged("the training loss became nan")
+        return plain(config, out, **options)
 
     monkeypatch.setattr(cells, "train", training)
     argv = ["methods", *TINY, "--out", tmp_path, "--seeds", 1, "--methods", "lsq,dorefa", "--bits", "4"]
-    code, text, _ = run(capsys, *argv)
-    assert code == 1 and cells_of(text, "Methods")[3] == ["dorefa", "-"]
+    for _ in range(2):
+        code, text, err = run(capsys, *argv)
+        assert code == 1 and cells_of(text, "Methods")[3] == ["dorefa", "-"]
+        assert "dorefa_w4a4_s0: Diverged: the training loss became nan" in err
     assert "dorefa_w4a4_s0" in json.loads((tmp_path / "methods.json").read_text())["failed"]
     assert tables.footer([], 1).endswith("chance.")
+    monkeypatch.setattr(cells, "train", plain)
+    code, text, err = run(capsys, *argv, "--retry")
+    assert code == 0 and cells_of(text, "Methods")[3][1] != "-" and err == ""
+
+
+def test_nothing_starts_from_a_float_model_that_is_not_trained(tmp_path, capsys, monkeypatch):
+    """Its checkpoint may be there: that of the epochs before the error."""
+    from qkernels.training import cells
+
+    plain = cells.train
+
+    def training(config, out, **options):
+        result = plain(config, out, **options)
+        if out.name == "float_s0":
+            (out / "result.json").unlink()
+            raise RuntimeError("CUDA error")
+        return result
+
+    monkeypatch.setattr(cells, "train", training)
+    argv = ["methods", *TINY, "--out", tmp_path, "--seeds", 2, "--methods", "lsq", "--bits", "4"]
+    code, _, err = run(capsys, *argv)
+    assert code == 1 and (tmp_path / "float_s0" / "checkpoint").exists()
+    assert "float_s0: RuntimeError: CUDA error" in err
+    assert "lsq_w4a4_s0: its float model float_s0 is not trained" in err and "2 cells are left" in err
+    assert (tmp_path / "lsq_w4a4_s1" / "result.json").exists() and not (tmp_path / "lsq_w4a4_s0").exists()
+
+
+def test_the_standard_error_counts_the_pairs():
+    """A seed that only one of the rows has gives no difference."""
+    table = Table("", (Row("a", "a", "lsq"), Row("b", "b", "lsq")))
+    accuracies = {"a": [0.5, 0.5, None], "b": [0.6, 0.8, 0.9]}
+    runs = {(n, (4, 4), s): {"test_acc": v} for n, of in accuracies.items() for s, v in enumerate(of) if v}
+    entry = tables._row(table, table.rows[1], [(4, 4)], 3, runs)["columns"]["W4A4"]
+    assert tables._accuracy(entry).endswith("(+20.00 ± 10.00)")  # 10 and 30: deviation 14.14, of 2
+
+
+def test_measurements_are_on_the_device_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tables, "load_run", lambda *args: asked.append(args) or 1 / 0)
+    args = types.SimpleNamespace(device="cuda:1", batches=2)
+    for column in ("dominant eigenvalue", "step size"):
+        with pytest.raises(ZeroDivisionError):
+            tables._COLUMNS[column](tmp_path, args)
+    assert asked == [(tmp_path, "cuda:1")] * 2

@@ -63,8 +63,11 @@ def _curvature(groups, kind, name):
     for row, error in zip(cells, errors, strict=True):
         text, style = row[2]
         row[2] = (text if error is None else f"{text} ± {charts.number(error)}", style)
-    headers = ["", "λ max", "Trace", *(f"L∞, ρ = {rho}" for rho in radii)]
-    note = "λ max, trace ± standard error: of the Hessian of the training loss. L∞: the largest rise for |e| ≤ ρ."
+    headers = ["", "λ₁", "Trace", *(f"L∞, ρ = {rho}" for rho in radii)]
+    note = (
+        "λ₁ (the eigenvalue of largest magnitude), trace ± standard error: of the Hessian of the training loss. "
+        "L∞: the largest rise for |e| ≤ ρ."
+    )
     return f"<h3>Curvature, {name}</h3>" + table(headers, cells, "matrix", note)
 
 

@@ -7,6 +7,7 @@ next owner resumes from the checkpoint.
 
 import contextlib
 import json
+import operator
 import os
 import re
 import shutil
@@ -17,9 +18,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import distributed
+from .checkpoint import DamagedCheckpoint
 from .config import make_config, read_config
+from .data import build_data
 from .log import read_json, say, write_json
-from .run import Interrupted, train
+from .run import Diverged, Interrupted, train
 
 LEASE = 600.0  # seconds without a sign of life after which the claim of another machine is void
 BEAT = 1.0
@@ -40,54 +44,76 @@ def check_cells(cells, out):
         if not (folder / "config.json").exists():
             continue
         old = read_config(folder)
-        for key in config.keys() - {"versions", "summary", "init"}:
-            if old.get(key) != config[key]:
+        for key in config.keys() - {"versions", "summary"}:
+            same = _same_start if key == "init" else operator.eq
+            if not same(old.get(key), config[key]):
                 raise ValueError(
                     f"{key} = {config[key]!r} differs from {old.get(key)!r} of the run in {folder}; choose another "
                     "--out, or remove that folder"
                 )
 
 
+def _same_start(old, new):
+    """Whether two paths are of the same float weights, which may have moved, or be mounted elsewhere."""
+    moved = old and new and Path(old).name == Path(new).name and not Path(old).exists()
+    return old == new or moved
+
+
+def check_device_and_data(cells, device="auto"):
+    """Raises ValueError, FileNotFoundError or ImportError where this machine lacks what the cells need."""
+    distributed.find_device(device)
+    needed = {}
+    for cell in cells:
+        config = make_config(**cell.arguments)
+        needed[config["data"], config["image_size"]] = None
+    for data, image_size in needed:
+        build_data(data, 1, image_size=image_size, workers=0)
+
+
 def work(cells, out, quiet=False, parent=None, **machine):
     """Trains cells until all are done; those that another process has claimed it waits for. Each worker calls this.
 
+    A cell that diverged is done. Any other error may be this machine's alone: the cell stays as it is, and this worker
+    leaves it to others.
+
     machine: arguments of `train` (device, threads, workers). parent: a process id; this one ends when that has ended.
-    Returns the signal that interrupted it, else 0.
+    Returns (the signal that interrupted it, else 0; {name: error} of the cells it left).
     """
     out = Path(out)
     (out / "claims").mkdir(parents=True, exist_ok=True)
-    pause, told = 0.2, False
-    while left := [cell for cell in cells if not done(out / cell.name)]:
+    pause, told, errors = 0.2, False, {}
+    while left := [cell for cell in cells if cell.name not in errors and not done(out / cell.name)]:
         for cell in left:
             with claim(out / "claims", cell.name, parent) as mine:
                 if mine and not done(out / cell.name):
                     try:
                         _run(cell, cells, out, quiet, machine)
                     except Interrupted as stop:
-                        return stop.signal
+                        return stop.signal, errors
+                    except Exception as error:
+                        errors[cell.name] = _text(error)
+                        say(f"{cell.name}: {errors[cell.name]}", quiet)
                     pause = 0.2
-        if all(done(out / cell.name) for cell in left):
+        if all(cell.name in errors or done(out / cell.name) for cell in left):
             continue
         if pause > 5 and not told:
             say(f"waiting for cells that others train in {out} (interrupt at will)", quiet)
             told = True
         if parent is not None and os.getppid() != parent:
-            return 0
+            return 0, errors
         time.sleep(pause)
         pause = min(1.5 * pause, 30.0)
-    return 0
+    return 0, errors
 
 
 def _run(cell, cells, out, quiet, machine):
-    """Trains one cell and says so; an error is kept in its folder, and the sweep goes on."""
+    """Trains one cell and says so; that it diverged is kept in its folder, and the sweep goes on."""
     folder, began = out / cell.name, time.monotonic()
     try:
         result = _train(cell, folder, machine)
-    except Exception as error:
-        if isinstance(error, Interrupted):
-            raise
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "failure.json", {"error": f"{type(error).__name__}: {error}"})
+    except Diverged as error:
+        _forget_unfinished(folder)
+        write_json(folder / "failure.json", {"error": _text(error)})
         say(f"{cell.name}: failed: {error}", quiet)
         return
     finished = sum(done(out / c.name) for c in cells)
@@ -96,14 +122,37 @@ def _run(cell, cells, out, quiet, machine):
 
 
 def _train(cell, folder, machine):
-    if (folder / "config.json").exists():
+    while (folder / "config.json").exists():
         try:
             return train(read_config(folder), folder, resume=True, quiet=True, **machine)
-        except (RuntimeError, FileNotFoundError):
-            if not (folder / "checkpoint").exists():
+        except DamagedCheckpoint as error:
+            if error.path not in _checkpoints(folder):
                 raise
-            shutil.rmtree(folder)  # a checkpoint damaged by a power cut: from the start
+            _put_aside(error.path)  # then from the one before it, or from the start
     return train(make_config(**cell.arguments), folder, quiet=True, **machine)
+
+
+def _checkpoints(folder):
+    """From which a run and its float start continue."""
+    names = ("checkpoint", "checkpoint.previous")
+    return [run / name for run in (folder, folder / "float") for name in names]
+
+
+def _forget_unfinished(folder):
+    """What has diverged would diverge again if it were continued."""
+    for path in _checkpoints(folder):
+        if path.exists() and not (path.parent / "result.json").exists():
+            _put_aside(path)
+
+
+def _put_aside(path):
+    aside = path.with_name(path.name + ".aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+
+
+def _text(error):
+    return f"{type(error).__name__}: {error}"
 
 
 def done(folder):
@@ -112,7 +161,7 @@ def done(folder):
 
 
 def results(cells, out):
-    """({name: result} of the finished cells, {name: error} of the failed)."""
+    """({name: result} of the finished cells, {name: error} of those that failed)."""
     found, failed = {}, {}
     for cell in cells:
         for file, into in (("result.json", found), ("failure.json", failed)):
@@ -123,7 +172,10 @@ def results(cells, out):
 
 @contextlib.contextmanager
 def claim(folder, name, parent=None):
-    """True within the context if this process got the claim; then a thread shows signs of life until its end."""
+    """True within the context if this process got the claim; then a thread shows signs of life until its end.
+
+    A process that was suspended for so long that another has taken its claim ends at once: both would write the run.
+    """
     mine = _take(Path(folder), name)
     if mine is None:
         yield False
@@ -212,10 +264,23 @@ def _started(pid):
     return "unknown"
 
 
+def _gone(path):
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:  # a file system that does not answer has not said so
+        pass
+    return False
+
+
 def _beat(path, stop, parent):
     last = time.monotonic()
     while not stop.wait(BEAT):
         if parent is not None and os.getppid() != parent:
+            os._exit(1)
+        if _gone(path):
+            say(f"qkernels: another process has taken over {path.stem}; this one ends")
             os._exit(1)
         if time.monotonic() - last > LEASE / 10:
             with contextlib.suppress(OSError):

@@ -66,7 +66,7 @@ TABLES = {
         Table(
             "SAQ, table 4: cases",
             (_SGD, *(Row(f"case {c}", f"case{c}", "saq", {"sharpness.case": c}) for c in (1, 2, 3))),
-            ("largest eigenvalue",),
+            ("dominant eigenvalue",),
         ),
     ),
     "saq-losses": (

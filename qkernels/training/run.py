@@ -155,7 +155,9 @@ def train(
         raise FileExistsError(
             f"--out: {out} already holds a run; add --resume to continue it, or choose another folder"
         )
-    _check_machine(out, threads, workers, tensorboard)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"--out: {out} is not a folder")
+    check_machine(threads, workers, tensorboard)
     if resume and (out / "result.json").exists():
         result = read_json(out / "result.json")
         say(f"{out}: this run is complete", quiet)
@@ -184,9 +186,8 @@ def train(
     return _train_one(config, out, init, model, data, machine, options)
 
 
-def _check_machine(out, threads, workers, tensorboard):
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out: {out} is not a folder")
+def check_machine(threads=None, workers=0, tensorboard=False):
+    """Raises ValueError or ImportError for arguments of `train` that this machine cannot serve."""
     for name, value, least in (("threads", threads, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise ValueError(f"--{name}: {value} is not a number of at least {least}")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from .cells import Cell, check_cells
 from .cells import results as read_results
-from .log import read_json, read_log, say, write_atomically, write_json
+from .log import read_json, read_log, write_atomically, write_json
 from .papers import METHODS, TABLES, Row, Table
-from .recipe import load_recipe, parse_assignment
+from .recipe import load_recipe, overlap, parse_assignment
 from .run import load_run
 
 
@@ -29,12 +29,13 @@ def add_arguments(parser):
     flag("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     flag("--threads", type=int, metavar="N", help="CPU threads of a worker")
+    flag("--retry", action="store_true", help="train the runs again that failed")
     flag("--quiet", action="store_true", help="print the tables only")
 
 
 def main(args):
-    """Runs `qkernels tables`; returns the exit code, 1 where a cell failed."""
-    from ..sweep import run_cells
+    """Runs `qkernels tables`; returns the exit code, 1 where a cell failed or is left."""
+    from ..sweep import exit_code
 
     for name in ("seeds", "batches", "threads"):
         value = getattr(args, name)
@@ -42,17 +43,16 @@ def main(args):
             raise ValueError(f"--{name}: {value} is not a positive number")
     tables, bits, out = chosen(args.name, args.methods), parse_bits(args.bits), Path(args.out).resolve()
     starts, cells = plan(tables, bits, out, args)
-    # Rows of two tables may be the same run.
-    parts = [starts, list({cell.name: cell for cell in cells.values()}.values())]
-    check_cells([cell for part in parts for cell in part], out)
-    options = {"workers": args.workers, "quiet": args.quiet, "device": args.device, "threads": args.threads}
-    for part in parts:
-        if stopped := run_cells(part, out, **options):
-            say(f"qkernels: stopped; continue with the same command (--out {out})")
-            return 128 + stopped
-    found, failed = read_results([*starts, *cells.values()], out)
+    distinct = list(
+        {cell.name: cell for cell in cells.values()}.values()
+    )  # rows of two tables may be the same run
+    check_cells([*starts, *distinct], out)
+    stopped, errors = _train(starts, distinct, out, args)
+    if stopped:
+        return exit_code([*starts, *distinct], out, stopped, errors)
+    found, failed = read_results([*starts, *distinct], out)
     runs = {
-        key: _measured(cell, found[cell.name], tables, out, args.batches)
+        key: _measured(cell, found[cell.name], tables, out, args)
         for key, cell in cells.items()
         if cell.name in found
     }
@@ -64,7 +64,27 @@ def main(args):
     write_atomically(out / f"{args.name}.md", text + "\n")
     write_json(out / f"{args.name}.json", {"tables": rows, "float_test_acc": floats, "failed": failed})
     print(text)
-    return int(bool(failed))
+    return exit_code([*starts, *distinct], out, 0, errors)
+
+
+def _train(starts, cells, out, args):
+    """The float models, then what starts from them; returns as `run_cells`."""
+    from ..sweep import run_cells
+
+    options = {key: getattr(args, key) for key in ("workers", "quiet", "device", "threads", "retry")}
+    stopped, errors = run_cells(starts, out, **options)
+    if stopped:
+        return stopped, errors
+    trained, _ = read_results(starts, out)
+    missing = {str(out / cell.name): cell.name for cell in starts if cell.name not in trained}
+    ready = []
+    for cell in cells:
+        if cell.arguments["init"] in missing:
+            errors[cell.name] = f"its float model {missing[cell.arguments['init']]} is not trained"
+        else:
+            ready.append(cell)
+    stopped, more = run_cells(ready, out, **options)
+    return stopped, errors | more
 
 
 def chosen(name, methods=None):
@@ -97,6 +117,9 @@ def plan(tables, bits, out, args):
         given["epochs"] = args.epochs
     starts, cells = {}, {}
     for row in (row for table in tables for row in table.rows):
+        for key in given:
+            if any(overlap(key, own) for own in (*row.settings, "weight_bits", "act_bits", "seed")):
+                raise ValueError(f"--set: {key} is what the cells of this table differ in")
         float_recipe = load_recipe(row.recipe, args.data)["float_recipe"]
         for seed in range(args.seeds):
             start = f"{float_recipe}_s{seed}"
@@ -114,29 +137,31 @@ def plan(tables, bits, out, args):
     return list(starts.values()), cells
 
 
-def _measured(cell, result, tables, out, batches):
-    """The result with what the tables show besides, which is kept in the run's folder."""
+def _measured(cell, result, tables, out, args):
+    """The result with what the tables show besides, which is kept in the run's folder with the batches it is of."""
     wanted = {column for table in tables for column in table.columns}
     path = out / cell.name / "extras.json"
     extras = read_json(path) if path.exists() else {}
+    if extras.get("batches") != args.batches:
+        extras = {"batches": args.batches}
     missing = wanted - extras.keys()
     if missing:
-        extras |= {column: _COLUMNS[column](out / cell.name, batches) for column in sorted(missing)}
+        extras |= {column: _COLUMNS[column](out / cell.name, args) for column in sorted(missing)}
         write_json(path, extras)
     return {**result, **extras}
 
 
-def _images_per_s(folder, batches):
+def _images_per_s(folder, args):
     return statistics.median(line["images_per_s"] for line in read_log(folder))
 
 
 def _over_layers(key):
     """The mean over the layers of the run's bits (the first and last may have others)."""
 
-    def mean(folder, batches):
+    def mean(folder, args):
         from ..sharpness.gaps import layer_table
 
-        model, _, config = load_run(folder)
+        model, _, config = load_run(folder, args.device)
         rows = [row for row in layer_table(model) if row[key] is not None]
         inner = [row for row in rows if row["weight_bits"] == config["weight_bits"]]
         return statistics.fmean(row[key] for row in inner or rows)
@@ -144,12 +169,12 @@ def _over_layers(key):
     return mean
 
 
-def _largest_eigenvalue(folder, batches):
+def _dominant_eigenvalue(folder, args):
     from ..sharpness import hessian
 
-    model, data, _ = load_run(folder)
+    model, data, _ = load_run(folder, args.device)
     return hessian(
-        model, data.train_eval, top=1, trace_samples=0, tolerance=1e-2, batches=batches
+        model, data.train_eval, top=1, trace_samples=0, tolerance=1e-2, batches=args.batches
     ).eigenvalues[0]
 
 
@@ -157,7 +182,7 @@ _COLUMNS = {
     "images/s": _images_per_s,
     "quantization error": _over_layers("weight_error"),
     "step size": _over_layers("weight_step"),
-    "largest eigenvalue": _largest_eigenvalue,
+    "dominant eigenvalue": _dominant_eigenvalue,  # the largest in magnitude; it may be negative
 }
 
 
@@ -175,6 +200,7 @@ def _row(table, row, bits, seeds, runs):
             "test_acc": values,
             **_spread("mean", values),
             **_spread("change", pairs if row != table.rows[0] else []),
+            "pairs": len(pairs),
         }
         for column in table.columns:
             entry |= _spread(column, [run[column] for run in own.values()])
@@ -217,7 +243,7 @@ def _accuracy(entry):
     if entry["change"] is not None:
         error = ""
         if entry["change_std"] is not None:
-            error = f" ± {100 * entry['change_std'] / len(entry['test_acc']) ** 0.5:.2f}"
+            error = f" ± {100 * entry['change_std'] / entry['pairs'] ** 0.5:.2f}"
         text += f" ({100 * entry['change']:+.2f}{error})"
     return text
 
