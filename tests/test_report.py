@@ -156,6 +156,15 @@ def test_groups_of_one_label_are_told_apart_by_their_settings(tmp_path):
     assert page.tables[0][0][3] == "Settings" and page.tables[0][1][3] == "lr 0.05, sharpness.case 2"
 
 
+def test_other_float_weights_are_no_other_seed(tmp_path):
+    """Once a seed has runs from two, each of them is a row of its own, with the name of its weights."""
+    for i, (seed, init) in enumerate(((0, "a"), (1, "a"), (0, "b"), (0, None))):
+        make_run(tmp_path / f"r{i}", seed=seed, init=init)
+    groups = group_runs(find_runs([tmp_path]))
+    found = {group.note: [run.config["seed"] for run in group.runs] for group in groups}
+    assert found == {"init a": [0, 1], "init b": [0], "init None": [0]}
+
+
 def test_an_unfinished_run_is_shown_as_such(tmp_path):
     make_run(tmp_path / "a", finished=False)
     page = Page(write_report([tmp_path / "a"], tmp_path / "r.html"))

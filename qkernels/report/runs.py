@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..training.log import read_log
 
-_APART = ("seed", "versions", "init", "summary")  # in which runs of one group may differ
+_APART = ("seed", "versions", "init", "summary")  # in which runs of one group may differ; init by seed alone
 _SHOWN = ("recipe", "model", "data", "weight_bits", "act_bits")  # have columns of their own
 
 
@@ -24,7 +24,11 @@ class Run:
 
 @dataclass
 class Group:
-    """Runs that differ in the seed alone. note: the settings that tell it from groups of the same label."""
+    """Runs that differ in the seed alone.
+
+    config: theirs; without `init` where each seed has float weights of its own. note: the settings that tell it from
+    groups of the same label.
+    """
 
     config: dict
     runs: list
@@ -94,11 +98,11 @@ def _json(path, default):
 
 def group_runs(runs):
     """Groups in order of data, model, recipe and falling precision, each with a label of its own."""
-    groups = {}
+    alike = {}
     for run in runs:
         key = json.dumps({k: v for k, v in run.config.items() if k not in _APART}, sort_keys=True)
-        groups.setdefault(key, Group(run.config, [])).runs.append(run)
-    found = list(groups.values())
+        alike.setdefault(key, []).append(run)
+    found = [group for members in alike.values() for group in _groups(members)]
     for group in found:
         twins = [g for g in found if all(g.config[key] == group.config[key] for key in _SHOWN)]
         group.note = _differences(group, twins)
@@ -118,6 +122,17 @@ def group_runs(runs):
     )
 
 
+def _groups(runs):
+    """One group, or where a seed has runs from several float weights, one for each of these."""
+    starts = {}
+    for run in runs:
+        starts.setdefault(run.config.get("init"), []).append(run)
+    pairs = {(run.config["seed"], run.config.get("init")) for run in runs}
+    if len(pairs) > len({seed for seed, _ in pairs}):
+        return [Group(members[0].config, members) for members in starts.values()]
+    return [Group({k: v for k, v in runs[0].config.items() if k != "init"}, runs)]
+
+
 def _differences(group, twins):
     """ "lr 0.1, sharpness.case 2": the settings in which these groups differ."""
     flat = [dict(_flat(g.config)) for g in twins]
@@ -128,7 +143,7 @@ def _differences(group, twins):
 
 def _flat(config, prefix=""):
     for key, value in config.items():
-        if prefix == "" and key in (*_APART, *_SHOWN):
+        if prefix == "" and key in (*_APART, *_SHOWN) and key != "init":
             continue
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
