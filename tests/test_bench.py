@@ -196,7 +196,7 @@ def test_a_rival_of_the_distance_that_computes_something_else_is_refused():
 def test_the_saq_step_beside_the_plain_step():
     settings = type("S", (), {"backends": ["native"], "device": "cpu", "repeats": 1})
     for every, line in zip(train.EVERY, train.saq_steps("cpu", "nin_d2_w1", 4, 8)):
-        found = {r["backend"]: r for r in command.time_row(line, 1, settings)}
+        found = {r["backend"]: r for r in command.time_row(line, 1, settings, settings.backends)}
         assert set(found) == {"native", "plain"} and f"tau {every}" in found["native"]["case"]
         assert found["native"]["parity"].startswith("loss ") and found["native"]["median_ms"] > 0, found
 
@@ -315,7 +315,10 @@ def test_a_compiled_rival_is_timed_and_its_fastest_form_is_the_row():
     case = next(testing.timed("weight", "fake_quantize"))
     settings = type("S", (), {"backends": ["compile", "native"], "device": "cpu", "repeats": 2})
     with measure.threads(1):
-        found = {r["backend"]: r for r in command.time_row(rows.quantizer_row(case, "cpu"), 1, settings)}
+        found = {
+            r["backend"]: r
+            for r in command.time_row(rows.quantizer_row(case, "cpu"), 1, settings, settings.backends)
+        }
     assert set(found) == {"compile", "native", "copy"}
     assert found["compile"]["form"] in ("formula", "autograd.Function") and found["compile"]["median_ms"] > 0
     slow, fast = (
@@ -329,7 +332,7 @@ def test_a_compiled_rival_is_timed_and_its_fastest_form_is_the_row():
 def test_the_training_step_is_the_same_work_for_each(tmp_path):
     line = next(train.plain_step("cpu", "nin_d2_w1", 4, 8))
     settings = type("S", (), {"backends": ["eager", "native"], "device": "cpu", "repeats": 2})
-    found = {r["backend"]: r for r in command.time_row(line, 1, settings)}
+    found = {r["backend"]: r for r in command.time_row(line, 1, settings, settings.backends)}
     assert set(found) == {"float", "eager", "native"}
     assert all(r["median_ms"] > 0 and r["peak_bytes"] > 0 for r in found.values()), found
     assert found["eager"]["saved_bytes"] > found["native"]["saved_bytes"] > found["float"]["saved_bytes"]
@@ -377,6 +380,28 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(capsys, monkeypatch, tmp_
     monkeypatch.setattr(machine, "commit", lambda: "another")
     code, _, err = run(capsys, *argv, "--resume")
     assert code == 2 and "is of commit" in err
+
+
+@needs_native
+def test_resume_times_a_group_again_with_a_backend_that_it_lacks(capsys, monkeypatch, tmp_path):
+    """All of them together: only what was timed together is compared. Rows without a form of it stay."""
+    out = tmp_path / "out.json"
+    argv = ["bench", "--suite", "kernels", "--only", "2x4x5x5 tensor", *QUICK, "--json", out, "--backends"]
+    monkeypatch.setattr(machine, "commit", lambda: "one")
+    assert run(capsys, *argv, "native,reference")[0] == 0
+    before = results.read(out)["rows"]
+    code, text, _ = run(capsys, *argv, "torch", "--resume")
+    assert code == 0 and "torch" in text
+    after = results.read(out)["rows"]
+    assert len({results.key(r) for r in after}) == len(after)
+    gained = {results.group(r) for r in after if r["backend"] == "torch"}
+    assert gained < {results.group(r) for r in before}
+    samples = {results.key(r): r["samples_ms"] for r in after}
+    for r in before:
+        kept = samples[results.key(r)] == r["samples_ms"]
+        assert kept == (results.group(r) not in gained), results.label(r)
+    assert run(capsys, *argv, "torch,native", "--resume")[0] == 0
+    assert samples == {results.key(r): r["samples_ms"] for r in results.read(out)["rows"]}
 
 
 @needs_native

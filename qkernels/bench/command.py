@@ -31,7 +31,9 @@ def add_arguments(parser):
         "--repeats", type=int, help="rounds of measuring (default: 20; smoke 5, train 7, bars 9)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that --json already holds")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of --backends that --json already holds"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--show", metavar="FILE", help="print an earlier result and its bars; time nothing")
 
@@ -50,7 +52,8 @@ def main(args):
         interrupted = False
         try:
             for group in groups(settings, result["rows"]):
-                result["rows"] += group
+                again = {results.group(row) for row in group}
+                result["rows"] = [row for row in result["rows"] if results.group(row) not in again] + group
                 if args.json:
                     results.write(args.json, result)
                 if args.csv:
@@ -152,22 +155,35 @@ def kept_rows(args, run):
 
 
 def groups(settings, kept):
-    """The finished rows, one list per row of the suite and number of threads."""
-    done = {results.group(row) for row in kept}
+    """The finished rows, one list per row of the suite and number of threads.
+
+    A group that lacks a backend is timed again with those it has: only what was timed together is compared.
+    """
+    done = {}
+    for row in kept:
+        done.setdefault(results.group(row), set()).add(row["backend"])
     for row in settings.rows():
         for count in row.threads(settings.threads):
-            if (row.op, row.case, row.dtype, count) in done:
+            has = done.get((row.op, row.case, row.dtype, count))
+            if has is not None and not _missing(row, settings.backends, has):
                 continue
             say(f"{row.name} {count} thread{'s' if count > 1 else ''}")
+            backends = [name for name in BACKENDS if name in settings.backends or name in (has or ())]
             with measure.threads(count):
-                yield time_row(row, count, settings)
+                yield time_row(row, count, settings, backends)
 
 
-def time_row(row, count, settings):
+def _missing(row, backends, has):
+    """Whether the row has a variant of these backends that was not timed."""
+    wanted = [name for name in backends if name not in has]
+    return wanted and any(variant.backend in wanted for variant in row.variants(wanted))
+
+
+def time_row(row, count, settings, backends):
     """Parity, memory, then the clock; one result per backend."""
     torch._dynamo.reset()
     found, refused = [], []
-    for variant in row.variants(settings.backends):
+    for variant in row.variants(backends):
         measure.check_interrupt()
         try:
             variant.parity = row.check(variant)
