@@ -53,10 +53,13 @@ def read(path):
 
 
 def write(path, result):
-    """A list of rows, each with the run-wide facts. Replaces the file at once: nobody ever meets half of it."""
+    """A list of rows, each with the run-wide facts; one kept from an earlier run has its own, such as the date.
+
+    Replaces the file at once: nobody ever meets half of it.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    rows = ",\n".join(json.dumps({**row, **result["run"]}, allow_nan=False) for row in result["rows"])
+    rows = ",\n".join(json.dumps({**row, **result["run"], **row}, allow_nan=False) for row in result["rows"])
     partial.write_text(f"[\n{rows}\n]\n")
     os.replace(partial, path)
 
