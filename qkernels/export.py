@@ -11,6 +11,7 @@ from torch import nn
 
 from . import convert, layout, noise, ops
 from . import nn as qnn
+from .files import whole
 from .quantizers import Quantizer
 from .reference.quantizer import safe_scale
 
@@ -125,7 +126,8 @@ def export_torch(model, x, path):
     """
     path, x = _file(path), _example(x)
     program = _trace(_integer_copy(model), x)
-    _write(path, lambda part: torch.export.save(program, part))
+    with whole(path) as part:
+        torch.export.save(program, part)
     return program
 
 
@@ -181,7 +183,8 @@ def export_onnx(model, x, path):
     program.optimize()
     for node in program.model.graph:  # paths of this machine's source files
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
-    _write(path, lambda part: program.save(part, external_data=False))
+    with whole(path) as part:
+        program.save(part, external_data=False)
     return opset
 
 
@@ -267,16 +270,6 @@ def _file(path):
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file")
     return path
-
-
-def _write(path, save):
-    """The file appears whole: written beside its place, with its suffix, and moved."""
-    part = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        save(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _activation_bits(traced, types):

@@ -11,8 +11,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from .files import write_json, write_text
 from .training.cells import Cell, check_cells, check_device_and_data, done, results, work
-from .training.log import read_json, say, write_atomically, write_json
+from .training.log import read_json, say
 from .training.recipe import SETTINGS, _toml, overlap, parse_assignment
 from .training.run import RUN, check_machine
 
@@ -283,7 +284,7 @@ def write_table(grid, out):
     text = _markdown(grid["by"], rows)
     if out.is_dir():
         write_json(out / "table.json", {"rows": rows, "failed": failed})
-        write_atomically(out / "table.md", text + "\n")
+        write_text(out / "table.md", text + "\n")
     return text
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qkernels import files
 from qkernels.training import checkpoint
 
 
@@ -205,6 +206,23 @@ def test_other_files_of_torch_save_are_refused(tmp_path):
         path.write_bytes(data)
         with pytest.raises(RuntimeError, match="w.pt is not a whole file of torch.save"):
             checkpoint.load_model(path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, order = tmp_path / "a.json", []
+    files.write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.write_json(path, {"x": float("nan")})
+    with pytest.raises(OSError, match="full"), files.whole(path) as part:
+        assert part.suffix == ".json" and part.parent == tmp_path
+        part.write_text("half")
+        raise OSError("the disk is full")
+    assert path.read_text() == '{\n "x": 1\n}\n' and os.listdir(tmp_path) == ["a.json"]
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, call=call: (order.append(name), call(*a))[1])
+    files.write_text(path, "new")
+    assert order == ["fsync", "replace"] and path.read_text() == "new" and os.listdir(tmp_path) == ["a.json"]
 
 
 def test_random_state_round_trip(tmp_path):

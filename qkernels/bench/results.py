@@ -2,11 +2,11 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from ..files import write_text
 from .rows import BASELINES, OURS, RIVALS
 
 FIELDS = ("op", "case", "backend", "dtype", "threads", "median_ms", "p20_ms", "p80_ms", "bytes", "gb_per_s",
@@ -53,15 +53,9 @@ def read(path):
 
 
 def write(path, result):
-    """A list of rows, each with the run-wide facts; one kept from an earlier run has its own, such as the date.
-
-    Replaces the file at once: nobody ever meets half of it.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    """A list of rows, each with the run-wide facts; one kept from an earlier run has its own, such as the date."""
     rows = ",\n".join(json.dumps({**row, **result["run"], **row}, allow_nan=False) for row in result["rows"])
-    partial.write_text(f"[\n{rows}\n]\n")
-    os.replace(partial, path)
+    write_text(path, f"[\n{rows}\n]\n")
 
 
 def check_csv(path):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..training.log import write_atomically
+from ..files import write_text
 from .page import page
 from .runs import find_runs, group_runs
 
@@ -41,5 +41,5 @@ def write_report(run_dirs, path, title="Training runs"):
     runs = find_runs(run_dirs)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page(group_runs(runs), title))
+    write_text(path, page(group_runs(runs), title))
     return path

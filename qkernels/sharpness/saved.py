@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from .. import files
+
 
 class Saved:
     """A dataclass that is written as JSON and read back."""
@@ -27,11 +29,8 @@ class Saved:
 
 
 def write_json(path, value):
-    """Write a file in one step, so that a crash leaves the old one; infinities and NaN become null."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    """Write a file whole; a measure that is infinite or NaN becomes null."""
+    files.write_json(path, _finite(value))
 
 
 def _finite(value):

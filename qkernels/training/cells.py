@@ -18,11 +18,12 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files import write_json
 from . import distributed
 from .checkpoint import DamagedCheckpoint
 from .config import make_config, read_config
 from .data import build_data
-from .log import read_json, say, write_json
+from .log import read_json, say
 from .run import Diverged, Interrupted, train
 
 LEASE = 600.0  # seconds without a sign of life after which the claim of another machine is void

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..files import whole
+
 VERSION = 1
 MODEL, STATE, INDEX = "model.safetensors", "state.safetensors", "state.json"
 
@@ -120,10 +122,8 @@ def load_model(path, device="cpu"):
 
 def save_tensors(path, tensors):
     """Writes one safetensors file atomically."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    _write_tensors(partial, tensors)
-    os.replace(partial, path)
+    with whole(path) as part:
+        _write_tensors(part, tensors)
 
 
 def latest(path):

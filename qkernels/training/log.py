@@ -1,10 +1,11 @@
 """What a run shows and records while it trains: a progress line, `log.jsonl`, optionally TensorBoard."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
+
+from ..files import write_text
 
 _CLEAR = "\r\x1b[K"  # to the start of the terminal's line, and its end
 
@@ -26,7 +27,7 @@ class RunLog:
         folder = str(Path(out) / "tensorboard")
         self.writer = summary_writer()(folder, purge_step=start) if tensorboard else None
         kept = [line for line in read_log(out) if line["epoch"] < start]
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.terminal = sys.stderr.isatty()
         self.bar = _bar(epochs) if self.terminal and not quiet else None
         self.shown = time.monotonic()
@@ -111,20 +112,6 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(value).__name__}, not an object")
     return value
-
-
-def write_json(path, value):
-    """Writes `value` to `path` atomically; raises ValueError for a NaN or an infinity, which JSON lacks."""
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def write_atomically(path, text):
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _bar(epochs):

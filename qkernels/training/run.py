@@ -13,12 +13,13 @@ import torch
 
 import qkernels as qk
 
+from ..files import write_json
 from . import build, checkpoint, distributed
 from .bn import bn_reestimate
 from .config import RUN, check_unchanged, float_config, make_config, read_config, starts_from_float
 from .data import build_data
 from .engine import Interrupt, Trainer, lr_schedule
-from .log import RunLog, read_json, read_log, say, summary_writer, write_json
+from .log import RunLog, read_json, read_log, say, summary_writer
 from .recipe import SETTINGS, available_recipes, parse_assignment
 
 FLAGS = (

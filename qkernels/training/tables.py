@@ -3,9 +3,10 @@
 import statistics
 from pathlib import Path
 
+from ..files import write_json, write_text
 from .cells import Cell, check_cells
 from .cells import results as read_results
-from .log import read_json, read_log, write_atomically, write_json
+from .log import read_json, read_log
 from .papers import METHODS, TABLES, Row, Table
 from .recipe import load_recipe, overlap, parse_assignment
 from .run import load_run
@@ -61,7 +62,7 @@ def main(args):
     text = "\n\n".join(
         [*(as_text(table, bits, rows[table.title]) for table in tables), footer(floats, args.seeds)]
     )
-    write_atomically(out / f"{args.name}.md", text + "\n")
+    write_text(out / f"{args.name}.md", text + "\n")
     write_json(out / f"{args.name}.json", {"tables": rows, "float_test_acc": floats, "failed": failed})
     print(text)
     return exit_code([*starts, *distinct], out, 0, errors)

@@ -1,0 +1,30 @@
+"""Files that appear whole: a crash or a power cut leaves the former one, and nobody ever reads half of one."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A path to write to, of the same suffix; at the end of the context that file takes the place of `path`."""
+    path = Path(path)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield part
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    with whole(path) as part:
+        part.write_text(text)
+
+
+def write_json(path, value):
+    """ValueError for a NaN or an infinity, which JSON lacks."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
