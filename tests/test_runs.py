@@ -245,10 +245,11 @@ def test_quantized_recipes_train_and_reload(tmp_path, recipe):
     assert len(trained) > len(Tiny().state_dict())  # quantizers have state of their own
 
 
-@pytest.mark.parametrize("recipe", ["float"])
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, recipe):
-    common = ["-m", "qkernels", "train", "--recipe", recipe, "--model", "vit_tiny", "--data", "fake:3x8x8:4"]
-    common += ["--epochs", "1", "--no-augment", "--lr", "0.01", "--device", "cpu", "--threads", "1"]
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
+    """The float start, then the quantized run, which is less near: a weight at a tie may round the other way."""
+    common = ["-m", "qkernels", "train", "--recipe", "lsq", "--model", "vit_tiny", "--data", "fake:3x8x8:4"]
+    common += ["--epochs", "1", "--float-epochs", "1", "--no-augment", "--lr", "0.01", "--device", "cpu"]
+    common += ["--threads", "1"]
     one = [*common, "--batch-size", "64", "--out", str(tmp_path / "one")]
     two = [*common, "--batch-size", "32", "--out", str(tmp_path / "two")]
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -258,8 +259,13 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path, recipe):
         assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert [result["processes"] for result in results] == [1, 2]
-    weights = [checkpoint.load_model(tmp_path / name) for name in ("one", "two")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=1e-5)
-    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=1e-4)
+    first, second = (checkpoint.load_model(tmp_path / name / "float") for name in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
+    first, second = (checkpoint.load_model(tmp_path / name) for name in ("one", "two"))
+    for name, value in first.items():  # without the exchange of gradients 7 % apart
+        torch.testing.assert_close(
+            value, second[name], rtol=0.0, atol=0.01 * value.double().abs().max().item()
+        )
+    assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=0.01)
     assert done.stdout.count("test accuracy") == 1  # one process reports
