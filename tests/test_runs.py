@@ -245,6 +245,15 @@ def test_quantized_recipes_train_and_reload(tmp_path, recipe):
     assert len(trained) > len(Tiny().state_dict())  # quantizers have state of their own
 
 
+MAIN = """
+import os, sys
+from pathlib import Path
+from qkernels import cli
+assert cli.main(sys.argv[1:]) == 0
+print("threads:", *(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")))
+"""
+
+
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     """The float start, then the quantized run, which is less near: a weight at a tie may round the other way."""
     common = ["-m", "qkernels", "train", "--recipe", "lsq", "--model", "vit_tiny", "--data", "fake:3x8x8:4"]
@@ -252,10 +261,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     common += ["--threads", "1"]
     one = [*common, "--batch-size", "64", "--out", str(tmp_path / "one")]
     two = [*common, "--batch-size", "32", "--out", str(tmp_path / "two")]
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in (one, [*run, *two]):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "main.py").write_text(MAIN)
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "main.py")]
+    for command in (one, [*run, *two[2:]]):
         command = [sys.executable, *command]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT, env=env)
         assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert [result["processes"] for result in results] == [1, 2]
@@ -269,3 +280,6 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
         )
     assert results[0]["test_loss"] == pytest.approx(results[1]["test_loss"], rel=0.01)
     assert done.stdout.count("test accuracy") == 1  # one process reports
+    assert (
+        done.stdout.count("threads: ") == 2 and "gloo" not in done.stdout
+    )  # they can abort a process at its end

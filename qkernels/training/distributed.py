@@ -31,6 +31,10 @@ def start(device):
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
+        # DistributedDataParallel imports this, whose default arguments keep the group there is at that time: its
+        # threads then outlive `stop`, and now and then abort the process at its end.
+        from torch.distributed import nn  # noqa: F401
+
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
