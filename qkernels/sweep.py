@@ -40,7 +40,7 @@ def add_arguments(parser):
     flag("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every cell")
     flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     flag("--threads", type=int, metavar="N", help="CPU threads of a worker (default: the cores divided)")
-    flag("--retry", action="store_true", help="train the cells again that failed")
+    flag("--retry", action="store_true", help="train the cells that failed again, from the start")
     flag("--list", action="store_true", help="name the cells and exit")
     flag("--quiet", action="store_true", help="print the table only")
 

@@ -419,8 +419,11 @@ def test_an_owner_whose_claim_was_taken_ends(tmp_path, monkeypatch, capsys):
     with claim(tmp_path, "cell.b"):
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
+    stop = threading.Event()
+    (timer := threading.Timer(5.0, stop.set)).start()  # so that the test ends where the owner goes on
     with pytest.raises(SystemExit) as ended:
-        cells_module._beat(tmp_path / "cell.b.0", threading.Event(), None)
+        cells_module._beat(tmp_path / "cell.b.0", stop, None)
+    timer.cancel()
     assert ended.value.code == 1
     assert "another process has taken over cell.b; this one ends" in capsys.readouterr().err
 

@@ -30,7 +30,7 @@ def add_arguments(parser):
     flag("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     flag("--threads", type=int, metavar="N", help="CPU threads of a worker")
-    flag("--retry", action="store_true", help="train the runs again that failed")
+    flag("--retry", action="store_true", help="train the runs that failed again, from the start")
     flag("--quiet", action="store_true", help="print the tables only")
 
 
