@@ -12,6 +12,10 @@ from . import distributed
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Diverged(RuntimeError):
+    """A loss is infinite or NaN: a failure of the settings, which another attempt would repeat."""
+
+
 class Trainer:
     """Trains `model` on `data.train` and can stop and continue at any step, bit for bit.
 
@@ -87,6 +91,7 @@ class Trainer:
         """Trains to the end of the current epoch.
 
         Returns the epoch's record (losses are means over images), or None when `stop()` ended it at a step boundary.
+        Raises Diverged.
         """
         self.model.train()
         self.data.train.set_epoch(self.epoch, start_batch=self.batch)
@@ -104,7 +109,7 @@ class Trainer:
                 return None
         loss, correct, count = distributed.sum_(self.sums.clone()).tolist()
         if not math.isfinite(loss):
-            raise RuntimeError(
+            raise Diverged(
                 f"the training loss became {loss / count} in epoch {self.epoch}; a lower lr may help"
             )
         self.seconds = before + time.perf_counter() - began

@@ -18,7 +18,7 @@ from . import build, checkpoint, distributed
 from .bn import bn_reestimate
 from .config import RUN, check_unchanged, float_config, make_config, read_config, starts_from_float
 from .data import build_data
-from .engine import Interrupt, Trainer, lr_schedule
+from .engine import Diverged, Interrupt, Trainer, lr_schedule
 from .log import RunLog, read_json, read_log, say, summary_writer
 from .recipe import SETTINGS, available_recipes, parse_assignment
 
@@ -47,10 +47,6 @@ class Interrupted(Exception):
     def __init__(self, number, out):
         super().__init__(f"stopped; continue with: qkernels train --out {shlex.quote(str(out))} --resume")
         self.signal = number
-
-
-class Diverged(RuntimeError):
-    """A loss is infinite or NaN: a failure of the settings, which another attempt would repeat."""
 
 
 def add_arguments(parser):
@@ -280,12 +276,7 @@ def _train_one(config, out, init, model, data, machine, options):
 def _train_epochs(trainer, out, log, keep_best, select):
     with Interrupt() as interrupt:
         while trainer.epoch < trainer.epochs:
-            try:
-                record = trainer.train_epoch(stop=interrupt)
-            except RuntimeError as error:
-                if trainer.sums.isfinite().all():
-                    raise
-                raise Diverged(str(error)) from error
+            record = trainer.train_epoch(stop=interrupt)
             if record is not None:
                 record["test_loss"], record["test_acc"] = trainer.evaluate(trainer.data.test)
                 if log is not None:

@@ -44,9 +44,8 @@ def main(args):
             raise ValueError(f"--{name}: {value} is not a positive number")
     tables, bits, out = chosen(args.name, args.methods), parse_bits(args.bits), Path(args.out).resolve()
     starts, cells = plan(tables, bits, out, args)
-    distinct = list(
-        {cell.name: cell for cell in cells.values()}.values()
-    )  # rows of two tables may be the same run
+    # Rows of two tables may be the same run.
+    distinct = list({cell.name: cell for cell in cells.values()}.values())
     check_cells([*starts, *distinct], out)
     stopped, errors = _train(starts, distinct, out, args)
     if stopped:
