@@ -47,7 +47,7 @@ def load() -> None:
                 why_not[device] = f"{file} does not load: {error}"
     if "cuda" in why_not and has_triton():
         for name in SCHEMAS:
-            if _triton(name) is not None:
+            if not _registered(name, "cuda"):  # an op composed of others leaves the choice to them
                 library.impl(name, _lazy_triton(name), "CUDA")
 
 
@@ -55,17 +55,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-_TRITON_OPS = {"fake_quantize", "fake_quantize_backward", "quantize", "dequantize", "pack", "unpack",
-               "standardized_distance", "standardized_distance_backward", "multi_norm", "multi_dot",
-               "multi_perturb"}  # fmt: skip
-
-
-def _triton(name: str):
-    return name if name in _TRITON_OPS else None
+def _registered(name: str, device: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{name}", device.upper())
 
 
 def _lazy_triton(name: str):
-    """The Triton launcher of an op, imported at its first call: importing qkernels compiles nothing."""
+    """The op's launcher in qkernels.triton, which has one for each; imported at the first call, which compiles."""
 
     def launcher(*args):
         from . import triton
@@ -101,7 +96,9 @@ def apply_function(function: type[torch.autograd.Function]):
 def use_backend(name: str):
     """Run every op inside the block on one backend: "native", "triton" or "reference".
 
-    ValueError for another name; RuntimeError where that backend is not there.
+    "native" is the dispatcher's choice, as outside of the block: on a device whose native library is not there, Triton
+    or the reference answers (``serves`` and ``qkernels doctor`` tell).
+    ValueError for another name; RuntimeError where there is no native library at all, or no Triton.
     """
     global _forced
     if name not in BACKENDS:
@@ -126,8 +123,7 @@ def serves(name: str, device: str) -> str:
     """Which backend answers an op on a device now."""
     if _forced is not None and _forced != "native":
         return _forced
-    key = device.upper()
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{name}", key):
+    if _registered(name, device):
         return "triton" if device == "cuda" and "cuda" in why_not else "native"
     return "reference"
 

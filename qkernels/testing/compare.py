@@ -1,5 +1,6 @@
 """Which implementations of an op there are, and when two results count as equal."""
 
+import contextlib
 import importlib
 import math
 import os
@@ -18,16 +19,11 @@ def devices() -> tuple[str, ...]:
 def backends(op: str, device="cpu") -> dict[str, Callable]:
     """The implementations of an op that can be called directly on a device, by name."""
     device, found = torch.device(device).type, {"reference": getattr(reference, op)}
-    triton_answers = False
     if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
-        try:
-            launcher = getattr(importlib.import_module("qkernels.triton"), op, None)
-        except ImportError:
-            launcher = None
-        if launcher is not None:
-            found["triton"], triton_answers = launcher, True
+        with contextlib.suppress(ImportError):
+            found["triton"] = getattr(importlib.import_module("qkernels.triton"), op)
     registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"qkernels::{op}", device.upper())
-    if registered and not (device == "cuda" and triton_answers and "cuda" in backend.why_not):
+    if registered and not (device == "cuda" and "triton" in found and "cuda" in backend.why_not):
         found["native"] = getattr(torch.ops.qkernels, op).default
     return {name: _returning(run) for name, run in found.items()} if OPS[op].writes else found
 

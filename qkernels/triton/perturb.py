@@ -219,3 +219,8 @@ def multi_perturb(out, params, directions, points, move, coefficients, seed, fir
                     _table(blocks, like), _table(at, like), coefficients, seed, len(w), copies, width, first_copy,
                     MOVE=move, POINTS=bool(points), BLOCK=BLOCK)  # fmt: skip
     return None
+
+
+def multi_climb(*args):
+    """Arguments and effect of reference.multi_climb."""
+    reference.multi_climb(*args, norm_of=multi_norm, perturb=multi_perturb)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import qkernels as qk
 from qkernels import ops, reference
 from qkernels import triton as launchers
 
@@ -55,3 +56,36 @@ def test_sums(device):
         for mine, true in zip(launchers.multi_norm(a, weights, 0.01), reference.multi_norm(a, weights, 0.01)):
             torch.testing.assert_close(mine, true, rtol=1e-12, atol=0)
     torch.testing.assert_close(launchers.multi_dot(a, b), reference.multi_dot(a, b), rtol=1e-12, atol=1e-9)
+
+
+def quantized(device):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).to(device)
+    qk.quantize_(model, qk.QConfig(method="lsq", weight_bits=4, act_bits=4))
+    qk.calibrate(model, [torch.ones(2, 6, device=device)])
+    return model
+
+
+@pytest.mark.parametrize("make", [
+    lambda model, base: qk.optim.SAM(model, base, rho=0.1),
+    lambda model, base: qk.optim.SAM(model, base, rho=0.1, adaptive=True),
+    lambda model, base: qk.optim.SAQ(model, base, rho=0.1, case=3, every=1),
+], ids=["sam", "asam", "saq"])  # fmt: skip
+def test_a_step_of_the_optimizers(make, device):
+    x, after = torch.randn(4, 6).to(device), []
+    for name in ("triton", "reference"):
+        model = quantized(device)
+        optimizer = make(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        with qk.use_backend(name):
+            assert qk.backend.serves("multi_climb", device) == name
+            optimizer.step(closure)
+        after.append(list(model.parameters()))
+    for a, b in zip(*after):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
