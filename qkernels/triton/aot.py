@@ -20,7 +20,7 @@ _POINTERS = {
 }  # fmt: skip
 # Sums over lists and over channels are float64.
 _SUMS = _POINTERS | dict.fromkeys(("partial_ptr", "sums_ptr", "moments_ptr"), "*fp64") | {
-    "ends_ptr": "*i64", "grad_ptr": "*fp32", "distance_ptr": "*fp32", "eta": "fp32", "n": "fp64", "times": "fp64",
+    "ends_ptr": "*i64", "grad_ptr": "*fp32", "distance_ptr": "*fp32", "eta": "fp64", "n": "fp64", "times": "fp64",
     "eps": "fp64", "each": "fp64",
 }  # fmt: skip
 # One block of each way of walking: a run, short runs, columns; the last without quads of Philox.

@@ -26,8 +26,8 @@ def _address(addresses_ptr, at, like_ptr):
 
 
 @triton.jit
-def products_kernel(a_ptr, b_ptr, partial_ptr, addresses_ptr, blocks_ptr, tensors, stride, eta, DOT: tl.constexpr,
-                    WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def products_kernel(a_ptr, b_ptr, partial_ptr, addresses_ptr, blocks_ptr, tensors, stride, eta: tl.float64,
+                    DOT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Sums of a block in float64: a.b, a.a and b.b, or of a^2, or of ((|b| + eta) a)^2."""
     pid = tl.program_id(0)
     t = tl.load(blocks_ptr + pid * FIELDS)
