@@ -188,7 +188,8 @@ def test_quantize_is_the_definition(case):
 
 
 SETTINGS = [{"bits": 4}, {"bits": 8}, {"bits": 2}, {"bits": 8, "signed": False}, {"bits": 1, "signed": False},
-            {"bits": 4, "zero_point": 3}, {"bits": 8, "signed": False, "zero_point": 131}]  # fmt: skip
+            {"bits": 4, "zero_point": 3}, {"bits": 8, "signed": False, "zero_point": 131},
+            {"bits": 8, "zero_point": 16_776_960}, {"bits": 8, "signed": False, "zero_point": -16_776_960}]  # fmt: skip
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -205,6 +206,16 @@ def test_dequantize_of_quantize_is_fake_quantize(backend, settings, dtype, offse
     y = qk.dequantize(q, scale, axis=1, offset=offset, zero_point=zero_point, dtype=dtype)
     assert y.stride() == x.stride() == q.stride()
     assert_bits(y, qk.fake_quantize(x, scale, axis=1, offset=offset, **settings))
+
+
+def test_far_zero_points_move_the_bounds(backend):
+    """Per row, up to the ends of int32, where float32 rounds them."""
+    far = [100_000_001, -100_000_003, 2**31 - 1, -(2**31)]
+    x, scale = torch.tensor([-5e9, 5e9]).repeat(len(far), 1), torch.ones(len(far))
+    y = qk.fake_quantize(x, scale, bits=4, axis=0, zero_point=torch.tensor(far))
+    assert_bits(y, torch.tensor([[-8 - z, 7 - z] for z in far]).float())
+    for row, z in zip(y, far):
+        assert_bits(row, qk.fake_quantize(x[0], scale[:1], bits=4, zero_point=z))
 
 
 def test_minus_zero(backend):

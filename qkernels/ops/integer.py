@@ -4,7 +4,7 @@ import torch
 
 from .. import backend, layout
 from ..reference import quantizer as reference
-from .quantizer import DTYPES, GRID, bounds, prepare, whole_zero_point
+from .quantizer import DTYPES, GRID, STORED, bounds, prepare, whole_zero_point
 
 
 def _fake_quantized(x, scale, offset, zero_point, axis, quant_min, quant_max):
@@ -39,7 +39,8 @@ def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None
     """The integer levels of x: clip(rint((x - offset) / scale) + zero_point, quant_min, quant_max).
 
     Returns int8 (uint8 where quant_max > 127) of x's shape and strides; NaN takes the level nearest to zero. No
-    gradient. Arguments and errors as ``fake_quantize``; bounds outside [-128, 127] and [0, 255]: ValueError.
+    gradient. Arguments and errors as ``fake_quantize``; ValueError, too, for bounds outside [-128, 127] and [0, 255]
+    and for a zero_point beyond +-(2**24 - 2**8), where float32 rounds the bounds.
     """
     quant_min, quant_max = bounds(bits, signed, quant_min, quant_max)
     if not (-128 <= quant_min and quant_max <= 127 or 0 <= quant_min and quant_max <= 255):
@@ -47,8 +48,10 @@ def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None
             f"quantize stores 8 bits: bounds must fit int8 or uint8, got [{quant_min}, {quant_max}]"
         )
     if isinstance(zero_point, int):
-        zero_point = torch.full((1,), whole_zero_point(zero_point), dtype=torch.int32, device=x.device)
-    scale, offset, zero_point, axis = prepare(x, scale, offset, zero_point, axis, group_size)
+        zero_point = torch.full(
+            (1,), whole_zero_point(zero_point, *STORED), dtype=torch.int32, device=x.device
+        )
+    scale, offset, zero_point, axis = prepare(x, scale, offset, zero_point, axis, group_size, STORED)
     with torch.no_grad():
         return backend.op("quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max)
 
@@ -56,16 +59,17 @@ def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None
 def dequantize(q, scale, *, axis=None, group_size=None, offset=None, zero_point=None, dtype=torch.float32):
     """(q - zero_point) * scale + offset in ``dtype``: equal to fake_quantize of what q was quantized from.
 
-    q: int8 or uint8. Errors as ``fake_quantize``. The gradient stops here.
+    q: int8 or uint8. Errors as ``quantize``. The gradient stops here.
     """
     _check_integer("q", q, (torch.int8, torch.uint8))
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     if isinstance(zero_point, int):
-        zero_point = torch.full((1,), whole_zero_point(zero_point), dtype=torch.int32, device=q.device)
-    like = torch.empty(0, dtype=dtype, device=q.device).expand(0)
-    like = like.new_empty(()).expand(q.shape)
-    scale, offset, zero_point, axis = prepare(like, scale, offset, zero_point, axis, group_size)
+        zero_point = torch.full(
+            (1,), whole_zero_point(zero_point, *STORED), dtype=torch.int32, device=q.device
+        )
+    like = torch.empty((), dtype=dtype, device=q.device).expand(q.shape)
+    scale, offset, zero_point, axis = prepare(like, scale, offset, zero_point, axis, group_size, STORED)
     with torch.no_grad():
         return backend.op("dequantize")(q, scale, offset, zero_point, axis, dtype)
 

@@ -11,6 +11,9 @@ from ..reference import quantizer as reference
 _NOISE = "int noise, float a, float b, Tensor? seed, int stream"
 GRID = "Tensor scale, Tensor? offset, Tensor? zero_point, int axis, int quant_min, int quant_max"
 _INT32 = 2**31
+_ANY = (-_INT32, _INT32 - 1)
+# Where levels of 8 bits are stored, zero points up to here keep the bounds, counted from them, exact in float32.
+STORED = (2**8 - 2**24, 2**24 - 2**8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -279,7 +282,7 @@ def _per_row(name, values, scale):
     return values.reshape(-1).expand(scale.numel()) if values.numel() != scale.numel() else values.reshape(-1)
 
 
-def prepare(x, scale, offset, zero_point, axis, group_size):
+def prepare(x, scale, offset, zero_point, axis, group_size, zero_points=_ANY):
     """Checked (scale, offset, zero_point tensor, axis) in the dtypes the kernels take."""
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
@@ -299,10 +302,10 @@ def prepare(x, scale, offset, zero_point, axis, group_size):
             raise TypeError(f"offset must be a floating-point tensor of shape (1,) or (rows,), got {got}")
         offset = _per_row("offset", offset, scale).to(compute)
     if zero_point is not None:
-        if not isinstance(zero_point, torch.Tensor) or zero_point.is_floating_point():
+        if not isinstance(zero_point, torch.Tensor) or not _is_integer(zero_point.dtype):
             got = zero_point.dtype if isinstance(zero_point, torch.Tensor) else repr(zero_point)
             raise TypeError(f"zero_point must be an int or an integer tensor, got {got}")
-        zero_point = _int32(_per_row("zero_point", zero_point, scale))
+        zero_point = _int32(_per_row("zero_point", zero_point, scale), *zero_points)
     if scale.numel() == 0:  # x is empty as well: one row, for kernels that divide by the rows
         scale, offset, zero_point = (
             None if t is None else t.sum(0, keepdim=True, dtype=t.dtype) for t in (scale, offset, zero_point)
@@ -311,23 +314,32 @@ def prepare(x, scale, offset, zero_point, axis, group_size):
     return scale, offset, zero_point, axis
 
 
-def _int32(zero_point):
-    """zero_point as the kernels take it. Beyond int32 it saturates where looking at it would make the host wait."""
-    if zero_point.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+def _is_integer(dtype):
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+def _int32(zero_point, lowest, highest):
+    """zero_point as the kernels take it. Beyond the limits it saturates where looking would make the host wait."""
+    if torch.iinfo(zero_point.dtype).min >= lowest and torch.iinfo(zero_point.dtype).max <= highest:
         return zero_point.to(torch.int32)
     zero_point = zero_point.long()
-    saturated = zero_point.clamp(-_INT32, _INT32 - 1)
+    saturated = zero_point.clamp(lowest, highest)
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if zero_point.device.type == "cpu" and not traced and not torch.equal(saturated, zero_point):
-        raise ValueError(f"zero_point must lie within int32, got {zero_point.tolist()}")
+        raise _far(zero_point.tolist(), lowest, highest)
     return saturated.to(torch.int32)
 
 
-def whole_zero_point(zero_point: int) -> int:
-    """zero_point itself; ValueError beyond int32."""
-    if not -_INT32 <= zero_point < _INT32:
-        raise ValueError(f"zero_point must lie within int32, got {zero_point}")
+def whole_zero_point(zero_point: int, lowest=_ANY[0], highest=_ANY[1]) -> int:
+    """zero_point itself; ValueError beyond the limits."""
+    if not lowest <= zero_point <= highest:
+        raise _far(zero_point, lowest, highest)
     return zero_point
+
+
+def _far(zero_point, lowest, highest):
+    kept = "int32" if highest == _ANY[1] else f"int32 and, where levels are stored, [{lowest}, {highest}]"
+    return ValueError(f"zero_point must lie within {kept}, got {zero_point}")
 
 
 def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,

@@ -42,9 +42,9 @@ class _Element:
         like = self.x = layout.rowwise(x, rows, axis)
         self.scale = layout.per_element(like, safe_scale(scale), axis)
         self.offset = 0.0 if offset is None else layout.per_element(like, offset, axis)
-        shift = 0 if zero_point is None else layout.per_element(like, zero_point, axis)
+        zero = 0 if zero_point is None else layout.per_element(like, zero_point.long(), axis)
         self.lo, self.hi = (
-            torch.as_tensor(b - shift, device=x.device).to(scale.dtype) for b in (quant_min, quant_max)
+            torch.as_tensor(b - zero, device=x.device).to(scale.dtype) for b in (quant_min, quant_max)
         )
         self.n = None
         if kind not in (noise.PLAIN, noise.SHIFT):

@@ -46,7 +46,7 @@ def grid_of(case, device) -> tuple:
     odd = (-0.3, 1e-40, math.inf, 0.25, math.nan, -0.5, 0.0, -math.inf)
     scale = cycle(odd if option.get("odd_scale") else (0.25, 0.3, 0.5, 0.125, 1.0), compute)
     offset = cycle((0.1, -0.25, 0.0, 1.5), compute) if option.get("offset") else None
-    zero_point = cycle((3, -2, 0, 1), torch.int32) if option.get("zero_point") else None
+    zero_point = cycle(option["zero_point"], torch.int32) if "zero_point" in option else None
     return scale, offset, zero_point, axis, *case.bounds()
 
 
@@ -55,7 +55,7 @@ def values(case, device) -> torch.Tensor:
     scale, offset, zero_point, axis, quant_min, quant_max = grid_of(case, "cpu")
     index, random = row_index(case.shape, scale.numel(), axis), case.generator()
     s = reference.quantizer.safe_scale(scale).double().nan_to_num(nan=1.0)[index]
-    zero = 0 if zero_point is None else zero_point[index]
+    zero = 0 if zero_point is None else zero_point[index].long()
     lo, hi = (torch.as_tensor(bound - zero).expand(case.shape) for bound in (quant_min, quant_max))
     pick = torch.randint(0, 10, case.shape, generator=random)
     level = lo - 2 + torch.rand(case.shape, generator=random, dtype=torch.float64) * (hi - lo + 4)

@@ -36,17 +36,22 @@ TIMED = {
 # The models whose parameters are timed as lists: (classes, image size).
 LISTS = {"resnet20": (10, 32), "resnet18": (1000, 224), "resnet50": (1000, 224)}
 
+_ZEROS = (3, -2, 0, 1)
+_WITHOUT_ZERO = (-12, 9, 16_776_960, -16_776_959)  # the farthest at which levels are stored
+_FAR = (100_000_001, -(2**31), 16_777_219, 2**31 - 1)  # bounds that no float32, or no int32, holds
 # What an option changes; settings it does not name keep the defaults given where they are read.
 OPTIONS = {
     "plain": {}, "special": {"special": True}, "odd_scale": {"odd_scale": True}, "offset": {"offset": True},
-    "zero_point": {"zero_point": True}, "unsigned": {"bounds": (0, 255)}, "one_bit": {"bounds": (0, 1)},
+    "zero_point": {"zero_point": _ZEROS}, "without_zero": {"zero_point": _WITHOUT_ZERO, "special": True},
+    "far_zero_point": {"zero_point": _FAR},
+    "unsigned": {"bounds": (0, 255)}, "one_bit": {"bounds": (0, 1)},
     "tempering": {"noise": (noise.TEMPERING, 0.3, 5.0)},
     "tempering_offset": {"noise": (noise.TEMPERING, 0.2, 50.0), "offset": True, "special": True},
     "after": {"noise": (noise.AFTER, 1.0, 0.0)}, "after_off": {"noise": (noise.AFTER, 0.0, 0.0)},
-    "before": {"noise": (noise.BEFORE, 1.0, 0.0), "zero_point": True},
+    "before": {"noise": (noise.BEFORE, 1.0, 0.0), "zero_point": _ZEROS},
     "pseudo": {"noise": (noise.PSEUDO, 0.0, 0.0), "special": True},
     "pseudo_normal": {"noise": (noise.PSEUDO_NORMAL, 0.0, 0.0), "offset": True},
-    "stochastic": {"noise": (noise.STOCHASTIC, 0.0, 0.0), "zero_point": True},
+    "stochastic": {"noise": (noise.STOCHASTIC, 0.0, 0.0), "zero_point": _ZEROS},
     "shift": {"noise": (noise.SHIFT, 0.0, 0.0)},
     "clip_only": {"clip_only": True, "special": True}, "ewgs": {"ewgs": 0.2}, "grad_scale": {"grad_scale": 0.37},
     "bits2": {"bits": 2}, "bits4": {"bits": 4}, "bits8": {"bits": 8},
@@ -57,7 +62,7 @@ OPTIONS = {
     "uniform": {"move": moves.UNIFORM}, "ascend": {"move": moves.ASCEND},
     "ascend_points": {"move": moves.ASCEND, "points": True}, "ascend_sign": {"move": moves.ASCEND_SIGN},
 }  # fmt: skip
-_GRID = ("plain", "special", "odd_scale", "offset", "zero_point", "unsigned")
+_GRID = ("plain", "special", "odd_scale", "offset", "zero_point", "without_zero", "unsigned")
 _MOVES = tuple(name for name, option in OPTIONS.items() if "move" in option)
 _NOISES = tuple(name for name, option in OPTIONS.items() if "noise" in option)
 
@@ -137,13 +142,14 @@ OPS = {
     op.name: op
     for op in (
         Op("fake_quantize", quantizer.fake_quantize, (True,), lambda args: 2 * _bytes(args[0]),
-           (*_GRID, "one_bit", *_NOISES)),
+           (*_GRID, "far_zero_point", "one_bit", *_NOISES)),
         Op("fake_quantize_backward", quantizer.fake_quantize_backward, (True, False, False),
            lambda args: 3 * _bytes(args[0]), (*_GRID, "clip_only", "ewgs", "grad_scale", *_NOISES),
            quantizer.backward_magnitude),
         Op("quantize", quantizer.quantize, (True,), lambda args: _bytes(args[0]) + args[0].numel(),
            (*_GRID, "one_bit")),
-        Op("dequantize", quantizer.dequantize, (True,), lambda args: args[0].numel() * (1 + args[5].itemsize), _GRID),
+        Op("dequantize", quantizer.dequantize, (True,), lambda args: args[0].numel() * (1 + args[5].itemsize),
+           _GRID),
         Op("pack", quantizer.pack, (True,), lambda args: args[0].numel() * (8 + args[1]) // 8, **_BITS),
         Op("unpack", quantizer.unpack, (True,), lambda args: args[2] * (8 + args[1]) // 8, **_BITS,
            memories=_FLAT_MEMORY),

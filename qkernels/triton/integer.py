@@ -25,7 +25,7 @@ def quantize_kernel(
     )
     x = math.widen(tl.load(x_ptr + at, there, other=0.0))
     q = math.level(math.position(x, scale, offset, 0.0, math.PLAIN), lo, hi, 0.0, math.PLAIN, WIDE)
-    stored = tl.where(q == q, q, math.clip(q * 0.0, lo, hi)).to(tl.int32)
+    stored = tl.where(q == q, q, math.clip(tl.zeros_like(q), lo, hi)).to(tl.int32)
     if zero_point_ptr is not None:
         stored += tl.load(zero_point_ptr + row, row_there, other=0)
     tl.store(q_ptr + at, stored.to(q_ptr.dtype.element_ty), there)

@@ -174,6 +174,12 @@ def test_every_kernel_is_listed_for_compilation():
         assert list(signature) == list(fn.arg_names)
         assert {a for a, kind in signature.items() if kind == "constexpr"} == set(constants)
         assert set(aligned) <= set(signature)
+        # Triton takes a number that is not annotated as 32 bits wide: only those of elements may be.
+        scalars = {a: kind for a, kind in signature.items() if kind in ("fp32", "fp64", "i64")}
+        wide = {tl.float64: "fp64", tl.int64: "i64"}
+        annotated = {a: wide[t] for a, t in fn.fn.__annotations__.items() if t in wide}
+        assert annotated == {a: kind for a, kind in scalars.items() if kind != "fp32"}, fn.__name__
+        assert set(scalars) - set(annotated) <= {"a", "b", "ewgs"}, fn.__name__
 
 
 COMPILE = """
