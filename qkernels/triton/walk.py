@@ -91,8 +91,9 @@ def row_values(t: torch.Tensor | None) -> torch.Tensor | None:
 
 @triton.jit
 def block_rows(block, height, R: tl.constexpr):
-    """Matrix rows of a block, in the integer type that the height needs."""
-    return (block.to(height.dtype) * R + tl.arange(0, R))[:, None]
+    """Matrix rows of a block, in the integer type that the height needs; past that type's end all are ``height``."""
+    r = (block.to(height.dtype) * R + tl.arange(0, R))[:, None]
+    return tl.where(r < 0, height, r)
 
 
 @triton.jit

@@ -129,6 +129,20 @@ def test_a_plan_covers_the_data_and_fits_its_block(shape, axis, rows):
         assert 1 <= w.steps() <= walk.STEPS
 
 
+@triton.jit
+def rows_kernel(out_ptr, block, height, R: tl.constexpr):
+    r = walk.block_rows(block, height, R)
+    tl.store(out_ptr + tl.arange(0, R)[:, None], tl.where(r < height, r, -1).to(tl.int64))
+
+
+@pytest.mark.parametrize("height", ((1 << 31) - 1, (1 << 31) - 13, (1 << 31) + 5))
+def test_rows_at_the_end_of_32_bits(height, device):
+    for block in ((height - 1) // 16, (height - 1) // 16 + 1):
+        out, rows = torch.empty(16, dtype=torch.int64, device=device), torch.arange(16) + 16 * block
+        rows_kernel[(1,)](out, block, height, R=16)
+        assert torch.equal(out.cpu(), torch.where(rows < height, rows, -1))
+
+
 @pytest.mark.parametrize("zero_point", (None, -(1 << 22), (1 << 23) + 5))
 def test_rounding_where_the_magic_number_ends(zero_point, device):
     """Ties beyond 2**22 and levels beyond 2**23, reached through wide bounds or through a far zero point."""
