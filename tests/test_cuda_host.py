@@ -100,6 +100,18 @@ def test_long_lists_take_several_launches(library):
         assert same_bits(got, out)
 
 
+@pytest.mark.parametrize("move", range(7))
+def test_a_copy_may_be_written_over_its_parameters(move, library):
+    lists = [
+        [torch.randn(n).to(t) for n, t in ((1000, torch.float32), (37, torch.bfloat16))] for _ in range(3)
+    ]
+    settings = move, torch.tensor([[0.3, 0.1, 0.05]], dtype=torch.float64), torch.tensor([5]), 0
+    out = [torch.empty_like(w) for w in lists[0]]
+    reference.multi_perturb(out, *lists, *settings)
+    got = Launchers(library, lambda: 0, False).multi_perturb(lists[0], *lists, *settings)
+    assert same_bits(got, out)
+
+
 def test_empty_lists_of_elements(library):
     empty = [torch.empty(0), torch.empty(0, 3)]
     assert not torch.cat(run(library, "multi_norm", (empty, [], 0.0))).any()
@@ -118,6 +130,7 @@ def test_the_emulator_sees_faults(library):
         assert library.fault_unwritten(pointers[1]) == 0
         assert y[:64].isnan().all()
         assert library.fault_barrier() == 719
+        assert library.fault_rewritten(pointers[1]) == 700
     assert library.fault_grid() == 9
     assert library.fault_alignment(*pointers) == 0
     for k in (0, 1):

@@ -31,8 +31,17 @@ using Word = std::conditional_t<
 template <class S, int width>
 constexpr int kAccess = width * sizeof(S) < 16 ? width * int(sizeof(S)) : 16;
 
+// kRead: nothing writes this memory while the kernel runs, and the read-only cache serves it.
+enum class Memory { kRead, kWritten };
+
+template <Memory memory, class W>
+__device__ __forceinline__ W load_word(const W* p) {
+  if constexpr (memory == Memory::kRead) return __ldg(p);
+  return *p;
+}
+
 // `aligned`: the array begins at a multiple of 16 bytes. The elements [lo, hi) of the chunk at p exist; others are 0.
-template <class S, int width>
+template <class S, int width, Memory memory = Memory::kRead>
 __device__ __forceinline__ Chunk<S, width> load_chunk(const S* p, int lo, int hi, bool aligned) {
   Chunk<S, width> chunk;
   if (aligned && lo <= 0 && hi >= width) {
@@ -40,7 +49,7 @@ __device__ __forceinline__ Chunk<S, width> load_chunk(const S* p, int lo, int hi
     const W* from = reinterpret_cast<const W*>(p);
 #pragma unroll
     for (int k = 0; k < int(sizeof(chunk) / sizeof(W)); ++k) {
-      const W word = __ldg(from + k);
+      const W word = load_word<memory>(from + k);
       memcpy(&chunk.w[k * sizeof(W) / 4], &word, sizeof(W));
     }
     return chunk;
@@ -51,11 +60,11 @@ __device__ __forceinline__ Chunk<S, width> load_chunk(const S* p, int lo, int hi
   for (int e = 0; e < width; ++e) {
     if (e < lo || e >= hi) continue;
     if constexpr (sizeof(S) == 8) {
-      const uint2 bits = __ldg(reinterpret_cast<const uint2*>(p) + e);
+      const uint2 bits = load_word<memory>(reinterpret_cast<const uint2*>(p) + e);
       chunk.w[2 * e] = bits.x, chunk.w[2 * e + 1] = bits.y;
     } else {
       constexpr int per_word = 4 / sizeof(S);
-      const uint32_t bits = __ldg(reinterpret_cast<const Word<sizeof(S)>*>(p) + e);
+      const uint32_t bits = load_word<memory>(reinterpret_cast<const Word<sizeof(S)>*>(p) + e);
       chunk.w[e / per_word] |= bits << (e % per_word * 8 * sizeof(S));
     }
   }

@@ -154,11 +154,12 @@ __global__ void __launch_bounds__(kThreads)
     const bool aligned = on_16_bytes(w) && on_16_bytes(d) && on_16_bytes(p);
     for (int64_t i = place.begin + threadIdx.x * width; i < place.end; i += kThreads * width) {
       const int hi = int(place.end - i < width ? place.end - i : width);
-      const Chunk<S, width> ws = load_chunk<S, width>(w + i, 0, hi, aligned);
+      // A single copy may be written over any of these.
+      const Chunk<S, width> ws = load_chunk<S, width, Memory::kWritten>(w + i, 0, hi, aligned);
       Chunk<S, width> ds = ws, ps = ws;
       if constexpr (!draws(move)) {
-        ds = load_chunk<S, width>(d + i, 0, hi, aligned);
-        if (p) ps = load_chunk<S, width>(p + i, 0, hi, aligned);
+        ds = load_chunk<S, width, Memory::kWritten>(d + i, 0, hi, aligned);
+        if (p) ps = load_chunk<S, width, Memory::kWritten>(p + i, 0, hi, aligned);
       }
       // The element is read once for all copies.
       for (int k = 0; k < table.copies; ++k) {

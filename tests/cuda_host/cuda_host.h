@@ -2,7 +2,8 @@
 //
 // Included before a .cu file whose `kernel<<<grid, threads, shared, stream>>>(args)` reads `emulate(grid, threads,
 // shared, stream, [&] { kernel(args); })`. What a GPU would answer with an error or with chance is a fault here:
-// an empty grid, a misaligned access, threads that do not all meet a barrier. Local and shared
+// an empty grid, a misaligned access, threads that do not all meet a barrier, a change of what the read-only cache
+// serves. Local and shared
 // memory begin as garbage. Threads, warps and blocks run in either order, so that a missing barrier changes a result.
 #pragma once
 #include <cuda_bf16.h>
@@ -42,6 +43,7 @@ extern double lanes[1024];  // what each thread gives to a shuffle
 void barrier();
 void warp_barrier();
 void fault(cudaError_t error);
+void serve_read_only(const void* from, size_t bytes);
 void launch(dim3 blocks, int threads, const std::function<void()>& kernel);
 
 }  // namespace emulator
@@ -69,6 +71,7 @@ T __shfl_down_sync(unsigned, T v, int offset, int width) {
 
 template <class T>
 T __ldg(const T* p) {
+  emulator::serve_read_only(p, sizeof(T));
   return *p;
 }
 inline float __uint_as_float(uint32_t word) {

@@ -26,6 +26,8 @@ __global__ void wide_kernel(const float* x, float* y) {
   qk::store_chunk(y, qk::load_chunk<float, 4>(x, 0, 4, true), 0, 4, true);
 }
 
+__global__ void rewritten_kernel(float* y) { y[0] = __ldg(y) > 0 ? -1 : 1; }
+
 }  // namespace
 
 extern "C" {
@@ -47,6 +49,11 @@ cudaError_t fault_barrier() {
 
 cudaError_t fault_alignment(const float* x, float* y) {
   wide_kernel<<<1, 1, 0, nullptr>>>(x, y);
+  return cudaGetLastError();
+}
+
+cudaError_t fault_rewritten(float* y) {
+  rewritten_kernel<<<1, 1, 0, nullptr>>>(y);
   return cudaGetLastError();
 }
 

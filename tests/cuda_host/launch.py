@@ -9,7 +9,12 @@ from qkernels import layout, noise, reference
 from qkernels.reference import perturb as moves
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ERRORS = {9: "empty or too large a grid", 716: "misaligned access", 719: "threads disagree on a barrier"}
+ERRORS = {
+    9: "empty or too large a grid",
+    700: "memory of the read-only cache is written",
+    716: "misaligned access",
+    719: "threads disagree on a barrier",
+}
 GUARD, PATTERN, POISON = 64, 0xFF, 99
 # Copies that share one launch: fewer than csrc/cuda/bind_perturb.cpp takes, so that few of them need several.
 TOGETHER = 2
@@ -208,7 +213,7 @@ class Launchers:
 
     def multi_perturb(self, out, params, directions, points, move, coefficients, seed, first_copy):
         first, numbers, (w, d, p) = self._list(params, directions, points)
-        made = [self.memory.like(first[i % len(first)]) for i in range(len(out))]
+        made = first if out is params else [self.memory.like(first[i % len(first)]) for i in range(len(out))]
         table, copies = self.memory.put(coefficients.contiguous()), len(coefficients)
         seed = self.memory.put(seed) if move in moves.DRAWN else None
         for k in range(0, copies, TOGETHER):
