@@ -1,5 +1,5 @@
 // What the CPU and CUDA entry points share: torch's stable ABI, memory order, and the checks memory safety needs.
-// Everything a user can get wrong is refused with a fuller message in qkernels/ops.py before it comes here.
+// Everything a user can get wrong is refused with a fuller message in qkernels/ops/ before it comes here.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -106,6 +106,23 @@ inline Tensor row_values(const Tensor& values, ScalarType type, int64_t rows, co
   STD_TORCH_CHECK(values.scalar_type() == type && values.numel() == rows, "qkernels: ", name,
                   " has the wrong dtype or length");
   return row_major(values);
+}
+
+// The bytes of integer levels, or of packed ones.
+inline const uint8_t* bytes_of(const Tensor& q) {
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Byte || q.scalar_type() == ScalarType::Char,
+                  "qkernels: levels must be int8 or uint8");
+  return static_cast<const uint8_t*>(q.const_data_ptr());
+}
+
+inline int64_t fields_per_byte(int64_t bits) {
+  STD_TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "qkernels: bits must be 2, 4 or 8, got ", bits);
+  return 8 / bits;
+}
+
+inline void check_holds(const Tensor& p, int64_t bits, int64_t numel) {
+  STD_TORCH_CHECK(numel >= 0 && p.numel() * fields_per_byte(bits) >= numel, "qkernels: p does not hold ", numel,
+                  " levels");
 }
 
 // scale and offset are float32, float64 beside a float64 x

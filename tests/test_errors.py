@@ -165,6 +165,22 @@ def test_raw_ops_keep_memory_safe():
         back(X[:2], X, S, None, None, -1, -8, 7, 1.0, False, 0.0, 0, 0.0, 0.0, None, 0)
     with pytest.raises(RuntimeError):
         torch.ops.qkernels.unpack(torch.zeros(2, dtype=torch.uint8), 4, 100, True)
+    if "cpu" in qk.backend.why_not:
+        return
+    for bits in (0, 1, 3, 16):
+        with pytest.raises(RuntimeError, match="bits must be 2, 4 or 8"):
+            torch.ops.qkernels.pack(Q, bits)
+        with pytest.raises(RuntimeError, match="bits must be 2, 4 or 8"):
+            torch.ops.qkernels.unpack(Q.byte().flatten(), bits, 3, True)
+    with pytest.raises(RuntimeError, match="-1 levels"):
+        torch.ops.qkernels.unpack(Q.byte().flatten(), 4, -1, True)
+    for call in (
+        lambda: torch.ops.qkernels.pack(X, 4),
+        lambda: torch.ops.qkernels.unpack(X.flatten(), 4, 3, True),
+        lambda: torch.ops.qkernels.dequantize(X, S, None, None, -1, torch.float32),
+    ):
+        with pytest.raises(RuntimeError, match="int8 or uint8"):
+            call()
 
 
 def test_a_refused_call_leaves_its_input_alone():

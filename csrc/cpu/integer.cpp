@@ -74,6 +74,7 @@ Tensor quantize_cpu(const Tensor& x_, const Tensor& scale, const MaybeTensor& of
 Tensor dequantize_cpu(const Tensor& q_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
                       int64_t axis, ScalarType dtype) {
   const Tensor q = ordered(q_, scale, axis);
+  const uint8_t* in = bytes_of(q);
   Tensor y = allocate_like(q, dtype);
   const Walk walk(q.numel(), layout_of(q, scale, axis));
   with_storage(dtype, [&](auto storage) {
@@ -82,9 +83,9 @@ Tensor dequantize_cpu(const Tensor& q_, const Tensor& scale, const MaybeTensor& 
     S* out = static_cast<S*>(y.mutable_data_ptr());
     torch::stable::parallel_for(0, walk.units(), walk.grain(), [&](int64_t first, int64_t last) {
       if (q.scalar_type() == ScalarType::Byte) {
-        dequantize_units(walk, rows.rows, static_cast<const uint8_t*>(q.const_data_ptr()), out, first, last);
+        dequantize_units(walk, rows.rows, in, out, first, last);
       } else {
-        dequantize_units(walk, rows.rows, static_cast<const int8_t*>(q.const_data_ptr()), out, first, last);
+        dequantize_units(walk, rows.rows, reinterpret_cast<const int8_t*>(in), out, first, last);
       }
     });
   });
@@ -93,9 +94,9 @@ Tensor dequantize_cpu(const Tensor& q_, const Tensor& scale, const MaybeTensor& 
 
 Tensor pack_cpu(const Tensor& q_, int64_t bits) {
   const Tensor q = row_major(q_);
-  const int64_t per_byte = 8 / bits, bytes = (q.numel() + per_byte - 1) / per_byte;
+  const uint8_t* in = bytes_of(q);
+  const int64_t per_byte = fields_per_byte(bits), bytes = (q.numel() + per_byte - 1) / per_byte;
   Tensor p = allocate(q, bytes, ScalarType::Byte);
-  const uint8_t* in = static_cast<const uint8_t*>(q.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(p.mutable_data_ptr());
   torch::stable::parallel_for(0, bytes, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -107,10 +108,10 @@ Tensor pack_cpu(const Tensor& q_, int64_t bits) {
 
 Tensor unpack_cpu(const Tensor& p_, int64_t bits, int64_t numel, bool is_signed) {
   const Tensor p = row_major(p_);
-  const int64_t per_byte = 8 / bits;
-  STD_TORCH_CHECK(p.numel() * per_byte >= numel, "qkernels: p is too short");
+  const uint8_t* in = bytes_of(p);
+  const int64_t per_byte = fields_per_byte(bits);
+  check_holds(p, bits, numel);
   Tensor q = allocate(p, numel, is_signed ? ScalarType::Char : ScalarType::Byte);
-  const uint8_t* in = static_cast<const uint8_t*>(p.const_data_ptr());
   uint8_t* out = static_cast<uint8_t*>(q.mutable_data_ptr());
   torch::stable::parallel_for(0, numel, kGrain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {

@@ -104,12 +104,6 @@ Tensor quantize_cuda(const Tensor& x_, const Tensor& scale, const MaybeTensor& o
   return q;
 }
 
-const uint8_t* bytes_of(const Tensor& q) {
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Byte || q.scalar_type() == ScalarType::Char,
-                  "qkernels: q must be int8 or uint8");
-  return static_cast<const uint8_t*>(q.const_data_ptr());
-}
-
 Tensor dequantize_cuda(const Tensor& q_, const Tensor& scale, const MaybeTensor& offset, const MaybeTensor& zero_point,
                        int64_t axis, ScalarType dtype) {
   const Device device(q_);
@@ -122,11 +116,6 @@ Tensor dequantize_cuda(const Tensor& q_, const Tensor& scale, const MaybeTensor&
   STD_CUDA_CHECK(launch_dequantize(walk, type, in, q.scalar_type() == ScalarType::Char, y.mutable_data_ptr(),
                                    rows.numbers, device.stream()));
   return y;
-}
-
-int64_t fields_per_byte(int64_t bits) {
-  STD_TORCH_CHECK(bits == 1 || bits == 2 || bits == 4 || bits == 8, "qkernels: bits must be 1, 2, 4 or 8, got ", bits);
-  return 8 / bits;
 }
 
 Tensor pack_cuda(const Tensor& q_, int64_t bits) {
@@ -143,7 +132,7 @@ Tensor unpack_cuda(const Tensor& p_, int64_t bits, int64_t numel, bool is_signed
   const Device device(p_);
   const Tensor p = row_major(p_);
   const uint8_t* in = bytes_of(p);
-  STD_TORCH_CHECK(p.numel() * fields_per_byte(bits) >= numel, "qkernels: p is too short");
+  check_holds(p, bits, numel);
   Tensor q = allocate(p, numel, is_signed ? ScalarType::Char : ScalarType::Byte);
   STD_CUDA_CHECK(
       launch_unpack(in, numel, int(bits), is_signed, static_cast<uint8_t*>(q.mutable_data_ptr()), device.stream()));

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class F>
 cudaError_t with_bits(int bits, F&& f) {
-  return with_kind<1, 2, 4, 8>(bits, f);
+  return with_kind<2, 4, 8>(bits, f);
 }
 
 int pack_blocks(int64_t numel, int bits) {
