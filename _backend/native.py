@@ -4,7 +4,7 @@ The sources become up to three libraries: `_C_cpu.so` and `_C_cuda.so` (LibTorch
 one file for every torch from MINIMUM_TORCH on) and `_elements` (pybind11, no torch). Environment variables:
 
     QKERNELS_CPU     1 (default) or 0: compile nothing at all, a pure-Python install
-    QKERNELS_CUDA    auto (default): the CUDA library where nvcc is; 1: nvcc must be there; 0: never
+    QKERNELS_CUDA    auto (default): the CUDA library where nvcc is (12.1 or later); 1: it must be there; 0: never
     QKERNELS_CUDA_ARCHS   e.g. "80;90": GPU architectures; the last one is also kept as PTX
     CXX, CUDA_HOME, MAX_JOBS   host compiler, CUDA toolkit, number of parallel compilations
 """
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 WORK = ROOT / "build" / "native"
 MINIMUM_TORCH = "2.10"
+MINIMUM_NVCC = (12, 1)  # kernels take up to 32764 bytes of parameters
 DEFAULT_ARCHS = "80;90;100"
 ELEMENTS = "_elements" + sysconfig.get_config_var("EXT_SUFFIX")
 
@@ -93,14 +94,19 @@ def torch_include():
 
 
 def find_cxx():
-    """The host C++ compiler as a list of words, or None."""
+    """The host compiler of C++20 as a list of words, or None."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     words = [shlex.split(name) for name in names]
-    return next((word for word in words if shutil.which(word[0])), None)
+    return next((word for word in words if shutil.which(word[0]) and knows_cxx20(word)), None)
+
+
+def knows_cxx20(cxx):
+    probe = [*cxx, CXX_FLAGS[0], "-fsyntax-only", "-x", "c++", "/dev/null"]
+    return subprocess.run(probe, capture_output=True).returncode == 0
 
 
 def find_nvcc():
-    """The path of nvcc, or None; QKERNELS_CUDA=1 makes its absence an error."""
+    """The path of an nvcc that is new enough, or None; QKERNELS_CUDA=1 makes its absence an error."""
     want = setting("QKERNELS_CUDA", "auto", ("auto", "1", "0"))
     if want == "0":
         return None
@@ -109,7 +115,20 @@ def find_nvcc():
     found = next((path for path in tries if path and os.access(path, os.X_OK)), None)
     if want == "1" and not found:
         raise BuildError("QKERNELS_CUDA=1 but no nvcc on CUDA_HOME, PATH or /usr/local/cuda: set CUDA_HOME")
+    if found and (version := nvcc_version(found)) < MINIMUM_NVCC:
+        old, needed = (".".join(map(str, numbers)) for numbers in (version, MINIMUM_NVCC))
+        if want == "1":
+            raise BuildError(f"QKERNELS_CUDA=1 but {found} is version {old}: {needed} or later is needed")
+        say(f"{found} is version {old}, {needed} or later is needed: the CUDA library is left out")
+        return None
     return found
+
+
+def nvcc_version(nvcc):
+    """(major, minor); a wrapper that does not tell counts as new enough."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    return tuple(map(int, release.groups())) if release else MINIMUM_NVCC
 
 
 def cuda_include(nvcc):
@@ -185,7 +204,7 @@ def cpu_steps(cxx, work):
 
 
 def cuda_steps(cxx, nvcc, archs, work, extra):
-    """Kernels through nvcc without a torch header; bind.cpp alone, through the host compiler, sees torch."""
+    """Kernels through nvcc without a torch header; bind*.cpp, through the host compiler, see torch."""
     host = ["-ccbin", cxx[0]] if len(cxx) == 1 else []
     flags = [*NVCC_FLAGS, *host, *gencode(archs), *extra]
     steps = [compile_step([nvcc], flags, source, work) for source in sorted((CSRC / "cuda").glob("*.cu"))]
@@ -220,8 +239,10 @@ def plan():
     cxx = find_cxx()
     if not cxx:
         if setting("QKERNELS_CUDA", "auto", ("auto", "1", "0")) == "1":
-            raise BuildError("QKERNELS_CUDA=1 but no C++ compiler: install g++ or set CXX")
-        say("no C++ compiler: pure Python, the ops run on plain PyTorch and Triton (install g++, or set CXX)")
+            raise BuildError("QKERNELS_CUDA=1 but no C++20 compiler: install g++ or set CXX")
+        say(
+            "no C++20 compiler: pure Python, the ops run on plain PyTorch and Triton (install g++, or set CXX)"
+        )
         return []
     nvcc = find_nvcc()
     steps = [*cpu_steps(cxx, WORK), *elements_steps(cxx, WORK)]

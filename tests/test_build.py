@@ -168,7 +168,7 @@ def test_build_without_ninja_compiles_all_the_same(native, project, monkeypatch,
 
 @pytest.mark.parametrize(
     ("name", "value", "line"),
-    [("QKERNELS_CPU", "0", "QKERNELS_CPU=0"), ("CXX", "/nonexistent/g++", "no C++ compiler")],
+    [("QKERNELS_CPU", "0", "QKERNELS_CPU=0"), ("CXX", "/nonexistent/g++", "no C++20 compiler")],
 )
 def test_without_compiler_one_line_and_stale_libraries_go(
     native, project, monkeypatch, capsys, name, value, line
@@ -185,6 +185,55 @@ def test_without_compiler_one_line_and_stale_libraries_go(
     assert [path.name for path in target.iterdir()] == ["kept.so"]
 
 
+def script(path, lines):
+    path.write_text("#!/bin/sh\n" + lines)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_before_cxx20_counts_as_none(native, project, monkeypatch, capsys, tmp_path):
+    old = script(tmp_path / "g++-9", 'case "$*" in *c++20*) exit 1; esac\n')
+    monkeypatch.setenv("CXX", old)
+    assert native.build(project / "package") == []
+    out = capsys.readouterr().out
+    assert "no C++20 compiler" in out and out.count("\n") == 1
+
+
+def test_an_old_nvcc_leaves_out_the_cuda_library_alone(native, project, monkeypatch, capfd, tmp_path):
+    (project / "csrc/cuda").mkdir()
+    (project / "csrc/cuda/one.cu").write_text("#error must not be compiled\n")
+    (tmp_path / "bin").mkdir()
+    release = "echo Cuda compilation tools, release %s, V0\n"
+    nvcc = script(tmp_path / "bin/nvcc", release % "11.8")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("QKERNELS_CUDA", "auto")
+    assert native.build(project / "package") == [project / "package/_C_cpu.so"]
+    assert f"{nvcc} is version 11.8, 12.1 or later is needed" in capfd.readouterr().out
+    monkeypatch.setenv("QKERNELS_CUDA", "1")
+    with pytest.raises(SystemExit, match="version 11.8: 12.1 or later"):
+        native.find_nvcc()
+    for text in (release % "12.1", "echo a wrapper\n"):
+        script(tmp_path / "bin/nvcc", text)
+        assert native.find_nvcc() == nvcc
+
+
+@pytest.mark.parametrize(("version", "clones"), [(11, False), (12, True)])
+def test_only_a_g_plus_plus_that_names_the_levels_of_x86_64_compiles_for_them(native, version, clones):
+    cxx = native.find_cxx()
+    if not cxx or "__x86_64__" not in macros(cxx) or "__clang__" in macros(cxx):
+        pytest.skip("no g++ for x86-64 here")
+    flags = ["-U__GNUC__", f"-D__GNUC__={version}", "-UQK_NO_CLONES"]
+    defined = macros(cxx, *native.CXX_FLAGS, *flags, str(ROOT / "csrc/cpu/types.h"))
+    assert ("QK_X86_CLONES" in defined) == clones and "QK_CLONES" in defined
+
+
+def macros(cxx, *arguments):
+    """The names of the macros at the end of a file, or of none."""
+    command = [*cxx, "-E", "-dM", "-x", "c++", *(arguments or ["/dev/null"])]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split()[1].split("(")[0] for line in text.splitlines()}
+
+
 def test_without_pybind11_only_the_elements_are_left_out(native, project, monkeypatch, capfd):
     (project / "csrc/elements.cpp").write_text("#error must not be compiled\n")
     monkeypatch.setitem(sys.modules, "pybind11", None)
@@ -197,7 +246,7 @@ def test_without_pybind11_only_the_elements_are_left_out(native, project, monkey
     [
         ({"QKERNELS_CUDA": "yes"}, "QKERNELS_CUDA='yes': accepted are auto, 1, 0"),
         ({"QKERNELS_CPU": "no"}, "QKERNELS_CPU='no': accepted are 1, 0"),
-        ({"QKERNELS_CUDA": "1", "CXX": "/nonexistent/g++"}, "QKERNELS_CUDA=1 but no C\\+\\+ compiler"),
+        ({"QKERNELS_CUDA": "1", "CXX": "/nonexistent/g++"}, "QKERNELS_CUDA=1 but no C\\+\\+20 compiler"),
     ],
 )
 def test_bad_settings_are_refused(native, monkeypatch, environment, message):

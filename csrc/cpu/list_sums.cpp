@@ -39,7 +39,8 @@ QK_CLONES double squares(const S* x, const S* w, double eta, int64_t count) {
 std::vector<double> list_squares(const Pieces& pieces, const Tensors& tensors, const Tensors& weights, double eta) {
   std::vector<double> partial(pieces.list.size()), each(tensors.size(), 0.0);
   pieces.each(1, [&](int64_t i) {
-    const auto [t, begin, end] = pieces.list[i];
+    const Piece& piece = pieces.list[i];
+    const int64_t t = piece.tensor, begin = piece.begin, end = piece.end;
     with_storage(tensors[t].scalar_type(), [&](auto storage) {
       using S = decltype(storage);
       const S *x = static_cast<const S*>(tensors[t].const_data_ptr()), *w = static_cast<const S*>(address(weights, t));
@@ -100,7 +101,8 @@ Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
   const Pieces pieces(a);
   std::vector<Products> partial(pieces.list.size());
   pieces.each(2, [&](int64_t i) {
-    const auto [t, begin, end] = pieces.list[i];
+    const Piece& piece = pieces.list[i];
+    const int64_t t = piece.tensor, begin = piece.begin, end = piece.end;
     with_storage(a[t].scalar_type(), [&](auto storage) {
       using S = decltype(storage);
       const S *x = static_cast<const S*>(a[t].const_data_ptr()), *y = static_cast<const S*>(b[t].const_data_ptr());

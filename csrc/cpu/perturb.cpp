@@ -190,7 +190,8 @@ void write_copies(const Pieces& pieces, const Tensors& out, const Tensors& param
   for (const Tensor& w : params) bytes += copies * w.numel() * int64_t(w.element_size());
   plan.streamed = bytes >= kStreamed;
   const auto write = [&](int64_t i) {
-    const auto [t, begin, end] = pieces.list[i];
+    const Piece& piece = pieces.list[i];
+    const int64_t t = piece.tensor, begin = piece.begin, end = piece.end;
     const Task task{
         params[t].const_data_ptr(), address(directions, t), address(points, t), &targets[t], count, t, begin, end};
     with_storage(params[t].scalar_type(), [&](auto storage) {

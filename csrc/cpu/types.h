@@ -5,8 +5,8 @@
 
 #include "math/noise.h"
 
-// Where g++ compiles one function for several instruction sets.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(QK_NO_CLONES)
+// Where g++ compiles one function for several instruction sets; its levels of x86-64 have names from version 12 on.
+#if defined(__x86_64__) && __GNUC__ >= 12 && !defined(__clang__) && defined(__linux__) && !defined(QK_NO_CLONES)
 #define QK_X86_CLONES 1
 // One body per instruction set, chosen when the library is loaded: one wheel, no -march, full speed.
 #define QK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
