@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <string>
 
-#include "math/layout.h"
 #include "math/noise.h"
 #include "math/pack.h"
 #include "math/quantize.h"
@@ -161,8 +160,6 @@ PYBIND11_MODULE(_elements, m) {
       "scale"_a, "quant_min"_a, "quant_max"_a,
       "(inverse, first, last, serves): what stands in for a division by scale, and whether it does.");
 
-  m.def("row_of", py::vectorize([](int64_t i, int64_t rows, int64_t inner) { return qk::row_of(i, {rows, inner}); }),
-        "i"_a, "rows"_a, "inner"_a, "The row of element i.");
   m.def(
       "words",
       [](int64_t seed, int64_t stream, int64_t count, int64_t first) {

@@ -14,6 +14,4 @@ struct Layout {
   int64_t rows, inner;
 };
 
-QK_HD int64_t row_of(int64_t i, Layout layout) { return (i / layout.inner) % layout.rows; }
-
 }  // namespace qk
