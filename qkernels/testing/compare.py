@@ -28,6 +28,11 @@ def backends(op: str, device="cpu") -> dict[str, Callable]:
     return {name: _returning(run) for name, run in found.items()} if OPS[op].writes else found
 
 
+def wanted(case: Case):
+    """What the reference makes of the case on the CPU, which is what every device has to give."""
+    return backends(case.op)["reference"](*case.args())
+
+
 def _returning(run):
     """``run`` on a new list of outputs like its first argument, which it returns."""
 
@@ -45,13 +50,16 @@ def sum_bound(dtype: torch.dtype, terms: int, magnitude, want: torch.Tensor) -> 
 
 
 def compare(case: Case, args: tuple, got, want) -> None:
-    """AssertionError unless every output has want's dtype, shape, strides and values (sums: within their bound)."""
+    """AssertionError unless every output has want's dtype, shape, strides and values (sums: within their bound).
+
+    ``want`` may be on another device than ``got`` and ``args``.
+    """
     op = OPS[case.op]
     got, want = ((t,) if isinstance(t, torch.Tensor) else tuple(t) for t in (got, want))
     every = op.exact * len(want) if len(op.exact) == 1 else op.exact
     assert len(got) == len(want) == len(every)
     for number, (g, w, exact) in enumerate(zip(got, want, every)):
-        where = f"output {number} of {case.id('')}"
+        where, w = f"output {number} of {case.id('')}", w.to(g.device)
         assert (g.dtype, g.shape) == (w.dtype, w.shape), (
             f"{where}: {g.dtype} {g.shape}, not {w.dtype} {w.shape}"
         )

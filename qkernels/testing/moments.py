@@ -37,10 +37,12 @@ def distance(case, device):
 
 def backward(case, device):
     student, teacher, axis, eps, mean = distance(case, device)
-    grad = torch.linspace(-1.0, 2.0, student.shape[axis], dtype=compute_type((student,)), device=device)
+    grad = torch.linspace(-1.0, 2.0, student.shape[axis], dtype=compute_type((student,))).to(device)
     if case.settings.get("one_grad"):
         grad = grad[:1].expand(grad.shape)
-    return grad, student, teacher, reference.moments.moments(student, teacher, axis), axis, eps, mean
+    # Computed on the CPU, for the same bits on every device.
+    moments = reference.moments.moments(*_pair(case, "cpu"), axis).to(device)
+    return grad, student, teacher, moments, axis, eps, mean
 
 
 def terms(args, output):

@@ -25,8 +25,8 @@ def chosen():
 def test_parity(case, device, poisoned):
     args = case.args(device)
     kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in tree_leaves(args)]
-    run = testing.backends(case.op, device)
-    testing.compare(case, args, run["triton"](*args), run["reference"](*args))
+    got = testing.backends(case.op, device)["triton"](*args)
+    testing.compare(case, args, got, testing.wanted(case))
     for before, after in zip(kept, tree_leaves(args)):
         if isinstance(after, torch.Tensor):
             assert torch.equal(before.nan_to_num(nan=0.5), after.nan_to_num(nan=0.5)), "an input was written"
