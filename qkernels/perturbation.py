@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import numbers
 
 import torch
 
@@ -40,13 +41,16 @@ def perturb(params, kind="normal", *, std=None, rho=None, alpha=None, at=None, n
         out: a former result of the same shape, to be overwritten.
 
     Returns: copies, copies[k][i] the k-th copy of params[i], in its dtype and memory order.
-    Raises: ValueError naming the argument: unknown kind, num < 1, empty list, negative size, missing gradients.
+    Raises: ValueError naming the argument: unknown kind, num < 1, empty list, negative size, missing gradients, ...
     """
     ops.check_list("params", params)
     if not isinstance(num, int) or isinstance(num, bool) or num < 1:
         raise ValueError(f"num must be an int >= 1, got {num!r}")
     if kind not in _SIZES:
         raise ValueError(f"kind must be one of {', '.join(map(repr, _SIZES))}, got {kind!r}")
+    for name, value in (("step", step), ("eps", eps), ("eta", eta)):
+        if value is not None and not _is_finite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
     sizes = _sizes(kind, {"std": std, "rho": rho, "alpha": alpha, "at": at}, num)
     if kind in _WITH_GRADIENT:
         directions = _gradients(params, grads)
@@ -147,9 +151,13 @@ def _sizes(kind, given, num):
         raise ValueError(f"{name} must be a number or num={num} of them, got {len(values)}")
     for v in values:
         for x in v if isinstance(v, (list, tuple)) else [v]:
-            if not isinstance(x, (int, float)) or not math.isfinite(x) or (name != "at" and x < 0):
+            if not _is_finite(x) or (name != "at" and x < 0):
                 raise ValueError(f"{name} must be a finite number{' >= 0' * (name != 'at')}, got {x!r}")
     return values
+
+
+def _is_finite(x):
+    return isinstance(x, numbers.Real) and math.isfinite(x)
 
 
 def _gradients(params, grads):
@@ -220,10 +228,8 @@ def _outputs(out, params, num):
 
 
 def _seed(seed, like):
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise ValueError(f"seed must be an int or an int64 tensor of shape (1,), got {seed!r}")
+    if isinstance(seed, torch.Tensor) and seed.dtype == torch.int64 and seed.numel() == 1:
         return seed.reshape(1).to(like.device)
-    if not isinstance(seed, int):
-        raise ValueError(f"seed must be an int or an int64 tensor of shape (1,), got {seed!r}")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an int within int64, or an int64 tensor of shape (1,), got {seed!r}")
     return torch.tensor([seed], dtype=torch.int64, device=like.device)

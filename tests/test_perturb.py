@@ -152,6 +152,18 @@ def test_climbing_is_the_norm_and_the_move(eta):
     assert all(same(a, b) and same(a, c) for a, b, c in zip(want, got, given))
 
 
+def test_autograd_sees_what_is_written_over_a_saved_tensor():
+    w, d = torch.ones(3), torch.ones(3)
+    table = torch.ones(1, 1, dtype=torch.float64)
+    for write in (lambda t: ops.multi_climb([t], [w], [d], None, 0.1),
+                  lambda t: ops.multi_perturb([t], [w], moves.ALONG, table, [d])):  # fmt: skip
+        saved, factor = torch.zeros(3), torch.ones(3, requires_grad=True)
+        y = (factor * saved).sum()
+        write(saved)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
 @pytest.mark.parametrize("climb", [ops.multi_climb, reference.multi_climb], ids=["native", "reference"])
 def test_climbing_writes_nothing_where_a_copy_is_not_laid_out_as_its_parameter(climb):
     w, g = torch.randn(6, 6), torch.randn(6, 6)
@@ -313,7 +325,11 @@ def test_copies_feed_functional_call():
         ({"kind": "gradient", "rho": 0.1}, ValueError, r"params\[0\] has no gradient"),
         ({"kind": "normal", "std": 0.1, "rho": 0.1}, ValueError, r"takes std, not rho=0.1"),
         ({"kind": "normal", "std": [0.1, 0.2]}, ValueError, r"std must be a number or num=1 of them, got 2"),
-        ({"kind": "normal", "std": 0.1, "seed": 0.5}, ValueError, r"seed must be an int or an int64 tensor"),
+        ({"kind": "normal", "std": 0.1, "seed": 0.5}, ValueError, r"seed must be an int within int64.*got 0.5"),
+        ({"kind": "normal", "std": 0.1, "seed": 2**64}, ValueError, r"seed must be an int within int64.*got 1844"),
+        ({"kind": "magnitude", "std": 0.1, "eps": "a"}, ValueError, r"eps must be a finite number, got 'a'"),
+        ({"kind": "ascent", "alpha": 1, "step": math.nan}, ValueError, r"step must be a finite number, got nan"),
+        ({"kind": "adaptive", "rho": 1, "eta": [1.0]}, ValueError, r"eta must be a finite number, got \[1.0\]"),
         ({"kind": "normal", "std": 0.1, "out": [[]]}, ValueError, r"out must be a non-empty list"),
         ({"kind": "ascent", "alpha": 0.1, "grads": [torch.ones(3)]}, ValueError, r"needs step"),
         ({"kind": "sign", "alpha": 1, "grads": [torch.ones(3)], "ball": "l2"}, ValueError, r"ball must be .*got 'l2'"),

@@ -131,6 +131,7 @@ def multi_climb(out, params, directions, norm, rho, eta=None):
     Raises: RuntimeError, and nothing is written, where ``out`` is not laid out as ``empty_copies(params)`` is.
     """
     backend.op("multi_climb")(out, params, directions, norm, rho, eta)
+    torch.autograd.graph.increment_version(out)
 
 
 def empty_copies(params, num=1):
