@@ -68,6 +68,12 @@ NOISE = [
     ({"shift": torch.zeros(4), "shift_scale": torch.ones(1)}, ValueError, ["shift", "(4,)", "x's shape"]),
     ({"shift": torch.zeros(4, 6).half(), "shift_scale": torch.ones(1)}, ValueError, ["shift", "float16", "dtype"]),
     ({"shift": torch.zeros(4, 6)}, ValueError, ["shift_scale", "None", "float32"]),
+    ({"shift": 1.0, "shift_scale": torch.ones(1)}, TypeError, ["shift", "1.0", "tensor"]),
+    ({"shift": torch.zeros(4, 6), "shift_scale": 1.0}, ValueError, ["shift_scale", "1.0", "float32"]),
+    ({"shift": torch.zeros(4, 6), "shift_scale": torch.ones(1, device="meta")}, ValueError, ["shift_scale", "meta"]),
+    ({"shift": torch.zeros(4, 6, requires_grad=True), "shift_scale": torch.ones(1)}, ValueError, ["shift is a const"]),
+    ({"shift": torch.zeros(4, 6), "shift_scale": torch.ones(1, requires_grad=True)}, ValueError,
+     ["shift_scale is a constant", "detach"]),
     ({"shift": torch.zeros(4, 6), "shift_scale": torch.ones(2)}, ValueError, ["shift_scale", "(1,)"]),
     ({"shift": torch.zeros(4, 6), "shift_scale": torch.ones(1), "noise": qk.noise.Pseudo(), "seed": SEED}, ValueError,
      ["shift", "noise"]),
@@ -96,6 +102,52 @@ def test_noise_and_shift(keywords, exception, words):
     assert_refused(lambda: qk.fake_quantize(X, S, bits=4, **keywords), exception, words)
 
 
+class Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(y):
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_shift_has_no_derivative():
+    """Refused in every mode of differentiation, and only where it is asked for."""
+    shift, size = torch.ones(4, 6), torch.ones(1)
+
+    def loss(x, shift, size):
+        return qk.fake_quantize(x, S, bits=4, shift=shift, shift_scale=size).sum()
+
+    at = (X, shift, size)
+    for argnum, name in ((1, "shift "), (2, "shift_scale ")):
+        words = [name, "constant", "detach"]
+        assert_refused(lambda n=argnum: torch.func.grad(loss, n)(*at), ValueError, words)
+        tangents = [torch.zeros_like(t) for t in at]
+        tangents[argnum] += 1
+        moved = [lambda v, n=argnum: loss(*at[:n], v, *at[n + 1 :]), (at[argnum],), (tangents[argnum],)]
+        assert_refused(lambda moved=moved: torch.func.jvp(*moved), ValueError, words)
+    with torch.no_grad():
+        loss(X, shift.clone().requires_grad_(), size)
+    assert not torch.func.grad(lambda x: Dropped.apply(qk.fake_quantize(x, S, bits=4)).sum())(X).any(), (
+        "a gradient that is None"
+    )
+    inside = torch.func.grad(loss)(*at)
+    assert torch.equal(
+        torch.func.jvp(lambda x: loss(x, shift, size), (X,), (inside,))[1], inside.square().sum()
+    )
+    batched = torch.ones(2, 1)
+    assert_refused(
+        lambda: torch.vmap(loss, (None, None, 0))(X, shift, batched),
+        RuntimeError,
+        ["one shift_scale", "batched"],
+    )
+
+
 def test_unknown_arguments():
     for function in (qk.fake_quantize, qk.quantize):
         assert_refused(lambda: function(X, S, bits=4, rounding="up"), TypeError, ["rounding"])  # noqa: B023
@@ -115,6 +167,9 @@ def test_levels_that_do_not_fit_a_byte(bounds):
     (lambda: qk.dequantize(Q, torch.ones(3), axis=0), ValueError, ["scale", "4", "3"]),
     (lambda: qk.dequantize(Q, torch.ones(2)), ValueError, ["scale", "2", "axis"]),
     (lambda: qk.pack(Q, bits=3), ValueError, ["bits", "2, 4 or 8", "3"]),
+    (lambda: qk.pack(Q, bits=4.0), ValueError, ["bits", "2, 4 or 8", "4.0"]),
+    (lambda: qk.unpack(Q.byte().flatten(), bits=4.0, shape=(48,)), ValueError, ["bits", "2, 4 or 8", "4.0"]),
+    (lambda: qk.unpack(Q.byte().flatten(), bits=4, shape=48), TypeError, ["shape", "tuple of ints", "48"]),
     (lambda: qk.pack(Q, bits=0), ValueError, ["bits", "2, 4 or 8", "0"]),
     (lambda: qk.pack(X, bits=4), TypeError, ["q ", "float32", "int8"]),
     (lambda: qk.pack([1], bits=4), TypeError, ["q ", "list", "int8"]),
@@ -209,5 +264,6 @@ def test_no_rows_of_an_empty_tensor(granularity):
 
 def test_numpy_integers_are_bits():
     assert torch.equal(qk.fake_quantize(X, S, bits=np.int64(3)), qk.fake_quantize(X, S, bits=3))
+    assert torch.equal(qk.pack(Q, np.int64(4)), qk.pack(Q, 4))
     assert type(qk.QConfig(weight_bits=np.int32(3)).weight_bits) is int
     assert_refused(lambda: qk.fake_quantize(X, S, bits=np.int64(40)), ValueError, ["bits", "16", "40"])

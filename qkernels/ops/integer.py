@@ -1,5 +1,6 @@
 """Integer levels in place of fake ones, and their packing: schema, fake and public function together."""
 
+import numpy as np
 import torch
 
 from .. import backend, layout
@@ -79,7 +80,7 @@ def pack(q, bits):
 
     q: int8 or uint8, every level within ``bits`` (not checked); bits: 2, 4 or 8. Contiguous order.
     """
-    _check_pack("q", q, bits, (torch.int8, torch.uint8))
+    bits = _check_pack("q", q, bits, (torch.int8, torch.uint8))
     return backend.op("pack")(q, bits)
 
 
@@ -88,7 +89,9 @@ def unpack(p, bits, shape, signed=True):
 
     ValueError where p does not hold exactly that many levels.
     """
-    _check_pack("p", p, bits, (torch.uint8,))
+    bits = _check_pack("p", p, bits, (torch.uint8,))
+    if isinstance(shape, int):
+        raise TypeError(f"shape must be a tuple of ints, got {shape!r}")
     numel = torch.Size(shape).numel()
     if p.numel() != (numel * bits + 7) // 8:
         raise ValueError(
@@ -98,9 +101,11 @@ def unpack(p, bits, shape, signed=True):
 
 
 def _check_pack(name, t, bits, dtypes):
-    if bits not in (2, 4, 8):
+    """bits, as an int."""
+    if not isinstance(bits, (int, np.integer)) or bits not in (2, 4, 8):
         raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
     _check_integer(name, t, dtypes)
+    return int(bits)
 
 
 def _check_integer(name, t, dtypes):

@@ -67,6 +67,10 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, dims, x, scale, offset, zero_point, seed, shift, shift_scale, axis, *rest):
+        if dims[6] is not None:
+            raise RuntimeError(
+                "fake_quantize under vmap takes one shift_scale for the batch, got a batched shift_scale"
+            )
         batch = _Batch(info, dims, x, scale, axis, seed_dim=dims[4])
         y = backend.apply_function(FakeQuantize)(
             batch.elements(x, dims[0]), batch.rows(scale, dims[1]), batch.rows(offset, dims[2]),
@@ -114,10 +118,17 @@ class ForwardMode(FakeQuantize):
     def setup_context(ctx, inputs, output):
         FakeQuantize.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[:5])
+        ctx.set_materialize_grads(False)  # a tangent that is not there is None, not zeros
 
     @staticmethod
-    def jvp(ctx, x_t, scale_t, offset_t, *rest):
+    def backward(ctx, grad):
+        return (None,) * 17 if grad is None else FakeQuantize.backward(ctx, grad)
+
+    @staticmethod
+    def jvp(ctx, x_t, scale_t, offset_t, zero_point_t, seed_t, shift_t, shift_scale_t, *rest):
         saved, ewgs = ctx.saved_tensors, ctx.settings[5]
+        if shift_t is not None or shift_scale_t is not None:
+            raise _constant("shift" if shift_t is not None else "shift_scale")
         if ewgs != 0:
             raise NotImplementedError(
                 f"fake_quantize with ewgs={ewgs} has no forward-mode derivative: EWGS scales by the sign of the "
@@ -342,6 +353,10 @@ def _far(zero_point, lowest, highest):
     return ValueError(f"zero_point must lie within {kept}, got {zero_point}")
 
 
+def _constant(name):
+    return ValueError(f"{name} is a constant, without a derivative; got one that asks for it: detach it")
+
+
 def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,
                   offset=None, zero_point=None, grad_scale=1.0, noise=None, seed=None, stream=0, clip_only=False,
                   ewgs=0.0, shift=None, shift_scale=None):  # fmt: skip
@@ -350,7 +365,7 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
     y = clip(rint((x - offset) / scale), quant_min - zero_point, quant_max - zero_point) * scale + offset
 
     Args:
-        x: float32, bfloat16, float16 (float64 on the CPU) of any shape; strides of a dense layout are kept.
+        x: float32, bfloat16, float16 or float64 of any shape; strides of a dense layout are kept.
         scale: floating point, shape (1,) or (rows,); |scale| is floored at 2**-126, non-finite gives NaN.
         bits, signed: [-2**(bits-1), 2**(bits-1) - 1], or [0, 2**bits - 1] where signed is False; or
         quant_min, quant_max: the integer bounds themselves.
@@ -360,7 +375,7 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
         grad_scale: factor of the gradients of scale and offset (LSQ: 1 / sqrt(N * quant_max)).
         noise: one of qk.noise; seed: int64 tensor of shape (1,); stream: int, one per layer.
         clip_only: the scale learns from clipped elements alone (PACT). ewgs: EWGS's delta (no forward mode).
-        shift, shift_scale: y + shift_scale * shift, shift like x, shift_scale float32 (1,) (SAQ, case 3).
+        shift, shift_scale: y + shift_scale * shift, constants: shift like x, shift_scale float32 (1,) (SAQ, case 3).
 
     Returns: y, the shape, dtype and strides of x. Only x (and scale, offset) is kept for backward.
     Raises: TypeError (dtypes), ValueError (shapes, bounds, devices), each naming the argument and what is accepted.
@@ -388,10 +403,18 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
             raise ValueError(f"give shift or noise, not both; got noise={noise!r}")
         seed = seed.reshape(1)
     elif shift is not None:
+        if not isinstance(shift, torch.Tensor):
+            raise TypeError(f"shift must be a tensor of x's shape and dtype, got {shift!r}")
         if shift.shape != x.shape or shift.dtype != x.dtype:
             raise ValueError(f"shift must have x's shape and dtype, got {tuple(shift.shape)} {shift.dtype}")
-        if shift_scale is None or shift_scale.numel() != 1 or shift_scale.dtype != torch.float32:
+        given = isinstance(shift_scale, torch.Tensor)
+        if not given or shift_scale.numel() != 1 or shift_scale.dtype != torch.float32:
             raise ValueError(f"shift needs shift_scale, a float32 tensor of shape (1,), got {shift_scale!r}")
+        for name, t in (("shift", shift), ("shift_scale", shift_scale)):
+            if t.device != x.device:
+                raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
+            if t.requires_grad and torch.is_grad_enabled():
+                raise _constant(name)
         kind, seed = noises.SHIFT, None
     else:
         seed = None
