@@ -300,6 +300,9 @@ def test_wheel_contents_are_declared():
     packages = {str(path.parent.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     bare = [folder for folder in packages if not (ROOT / folder / "__init__.py").exists()]
     assert not bare, f"folders without __init__.py do not reach the wheel: {bare}"
+    manifest = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    grafted = [folder for command, folder, *_ in manifest if command == "graft"]
+    assert grafted and [folder for folder in grafted if not (ROOT / folder).is_dir()] == []
     # setuptools reads a literal without importing torch, which an isolated build does not have.
     body = ast.parse((PACKAGE / "__init__.py").read_text()).body
     assignments = [node for node in body if isinstance(node, ast.Assign)]

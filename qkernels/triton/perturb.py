@@ -1,6 +1,7 @@
 """The multi-tensor ops in Triton: a program takes one block of one tensor, found in a table of addresses.
 
-A launch serves the tensors of one dtype. The table is a tensor of int64, copied to the device without waiting.
+A launch serves the tensors of one dtype. The table is a tensor of int64, copied from pageable memory at each call: a
+CUDA graph cannot capture that (the native kernels take their tables by value).
 """
 
 import torch
