@@ -5,7 +5,8 @@ import torch
 
 from .. import backend, layout
 from ..reference import quantizer as reference
-from .quantizer import DTYPES, GRID, STORED, bounds, prepare, whole_zero_point
+from .arguments import DTYPES, STORED, bounds, prepare, whole_zero_point
+from .quantizer import GRID
 
 
 def _fake_quantized(x, scale, offset, zero_point, axis, quant_min, quant_max):
