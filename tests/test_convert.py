@@ -1,59 +1,16 @@
-"""quantize_, QConfig, seeds, convert_, summary and param_groups on whole models."""
+"""quantize_, QConfig, summary and param_groups on whole models."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import EVEN, METHODS, Net, batch, calibrated, same_bits
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
 from qkernels import convert
-from qkernels.nn import IntegerWeight
-
-METHODS = ["lsq", "lsq+", "asymmetric", "saq", "pact", "dorefa", "noise_tempering", "diffq", "ewgs"]
-EVEN = {"first_last_bits": None}
-
-
-class Net(nn.Module):
-    """Every kind of layer but Embedding, with groups; `checkpointed` runs the middle under activation checkpointing."""
-
-    checkpointed = False
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(2, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.body = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1))
-        self.up = nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2)
-        self.mix = nn.Conv1d(6, 3, 3)
-        self.head = nn.Linear(3, 5)
-
-    def forward(self, x):
-        x = self.norm(self.stem(x)).relu()
-        x = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
-        return self.head(self.mix(self.up(x).flatten(2)).mean(2))
-
-
-def batch(seed=3, dtype=torch.float32):
-    return torch.randn(2, 2, 5, 5, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def calibrated(config=None, model=None, **settings):
-    torch.manual_seed(1)
-    model = qk.quantize_(model or Net(), config or qk.QConfig(**settings))
-    dtype = next(model.parameters()).dtype
-    return qk.calibrate(model, [batch(i, dtype) for i in range(2)])
-
-
-def same_bits(a, b):
-    """Equal down to the sign of zero."""
-    return a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
 
 
 def widths(model):
@@ -238,90 +195,6 @@ def test_trains_under_autocast(method):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def noisy(method="noise_tempering", **settings):
-    return calibrated(method=method, act_noise=qk.noise.FeaturePerturbation(p=1.0), **settings).train()
-
-
-@pytest.mark.parametrize("method", ["noise_tempering", "diffq"])
-def test_noise_follows_torchs_seed(method):
-    model = noisy(method)
-
-    def steps(seed):
-        torch.manual_seed(seed)
-        return [model(batch()) for _ in range(2)]
-
-    first, second = steps(0)
-    assert not torch.equal(first, second), "each step draws anew"
-    assert all(torch.equal(a, b) for a, b in zip(steps(0), (first, second), strict=True))
-    assert not torch.equal(steps(1)[0], first)
-    torch.manual_seed(0)
-    assert torch.equal(copy.deepcopy(model)(batch()), first)
-    model.eval()
-    assert torch.equal(model(batch()), model(batch()))
-
-
-def test_one_draw_per_forward_of_the_model():
-    model, x = noisy(), batch()
-    for training in (True, False):
-        torch.manual_seed(0)
-        model.train(training)(x)
-        after = torch.get_rng_state()
-        torch.manual_seed(0)
-        if training:
-            torch.ops.qkernels.draw_seed(x)
-        assert torch.equal(after, torch.get_rng_state())
-
-
-def test_layers_draw_different_noise():
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    model[1].weight = model[0].weight
-    qk.quantize_(model, method="diffq", act_bits=None).train()
-    seen = []
-    model[1].register_forward_hook(lambda *_: seen.extend(model[i].quantized_weight() for i in (0, 0, 1)))
-    model(torch.randn(2, 16))
-    first, again, second = seen
-    assert torch.equal(first, again), "within a step a layer's noise stays"
-    assert not torch.equal(first, second)
-
-
-def test_parts_of_a_model_called_alone_draw_their_own_noise():
-    model, x = noisy("diffq"), torch.randn(2, 4, 5, 5)
-    assert not torch.equal(model.body(x), model.body(x)), "before the first forward of the model"
-    model(batch())
-    assert not torch.equal(model.body(x), model.body(x)), "and after"
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 3, 5, 5))
-    assert not torch.equal(model.body(x), model.body(x)), "and after one that failed"
-    model.eval().head.train()
-    assert not torch.equal(model(batch()), model(batch())), "a part in training in a model in evaluation"
-
-
-def test_checkpointing_a_part_called_alone_recomputes_the_same_noise():
-    model, x, results = noisy("diffq"), torch.randn(2, 4, 5, 5), []
-    for run in (model.body, lambda x: checkpoint(model.body, x, use_reentrant=False)):
-        torch.manual_seed(4)
-        y = run(x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), list(model.body.parameters()))))
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("outer", [False, True])
-def test_checkpointing_recomputes_the_same_noise(outer):
-    def gradients(model, checkpointed):
-        torch.manual_seed(4)
-        model.checkpointed = checkpointed and not outer
-        run = (lambda x: checkpoint(model, x, use_reentrant=False)) if checkpointed and outer else model
-        for i in (7, 8):
-            run(batch(i)).square().sum().backward()
-        return [p.grad for p in model.parameters()]
-
-    plain = noisy("diffq", act_bits=4)
-    replayed = copy.deepcopy(plain)
-    for a, b in zip(gradients(plain, False), gradients(replayed, True), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.parametrize("settings", [{}, {"method": "saq"}, {"method": "diffq"}], ids=str)
 def test_compiles_without_breaks(settings):
     model = calibrated(**settings).train()
@@ -338,96 +211,6 @@ def test_compiles_without_breaks(settings):
     assert torch.equal(w, z) == (model.stem.weight_quantizer.noise is None), "each step draws its own noise"
     for a, b in zip(grads, others, strict=True):
         torch.testing.assert_close(b, a)
-
-
-GRIDS = list(itertools.product(METHODS, (2, 3, 4, 8), (0, None)))
-
-
-@pytest.mark.parametrize("method, bits, axis", GRIDS)
-def test_converted_outputs_are_the_same_bits(method, bits, axis):
-    model = calibrated(method=method, weight_bits=bits, act_bits=bits, weight_axis=axis, **EVEN)
-    with torch.no_grad():
-        # Weights that round to zero from either side, and zeros of either sign.
-        model.stem.weight.view(-1)[:4] = torch.tensor([1e-6, -1e-6, 0.0, -0.0])
-    model.eval()
-    y = model(batch())
-    weights = {name: layer.quantized_weight() for name, layer in convert.layers(model)}
-    assert qk.convert_(model) is model
-    assert same_bits(model(batch()), y)
-    for name, layer in convert.layers(model):
-        assert same_bits(layer.quantized_weight(), weights[name])
-        levels = layer.weight_quantizer.integers()
-        assert levels.dtype in (torch.int8, torch.uint8) and levels.unique().numel() <= 2**bits
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_converted_weights_keep_their_order_of_memory(before):
-    """It is what a convolution chooses its algorithm, and so its rounding, by."""
-    model = calibrated(weight_bits=4).to(memory_format=torch.channels_last).eval()
-    y = model(batch())
-    strides = [layer.quantized_weight().stride() for _, layer in convert.layers(model)]
-    assert strides[0] != model.stem.weight.contiguous().stride()
-    if not before:
-        model.to(memory_format=torch.contiguous_format)
-    qk.convert_(model).to(memory_format=torch.channels_last)
-    assert [layer.quantized_weight().stride() for _, layer in convert.layers(model)] == strides
-    assert same_bits(model(batch()), y)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_converted_bfloat16_models(method):
-    model = calibrated(method=method, model=Net().bfloat16()).eval()
-    y = model(batch(dtype=torch.bfloat16))
-    assert y.dtype == torch.bfloat16
-    assert same_bits(qk.convert_(model)(batch(dtype=torch.bfloat16)), y)
-
-
-def stored(model):
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
-
-
-def test_converted_state_is_packed_and_loads(tmp_path):
-    def build(seed):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
-        qk.quantize_(model, weight_bits=4, weight_axis=None, **EVEN)
-        return qk.calibrate(model, [torch.randn(4, 64)])
-
-    model, x = build(0), torch.randn(3, 64)
-    whole = stored(model)
-    y = qk.convert_(model)(x)
-    assert stored(model) < whole / 7.5 and not any(name.endswith(".weight") for name in model.state_dict())
-    assert model[0].weight_quantizer.packed.numel() == 64 * 64 // 2
-    torch.save(model.state_dict(), tmp_path / "packed.pt")
-    other = qk.convert_(build(1))
-    assert not torch.equal(other(x), y)
-    other.load_state_dict(torch.load(tmp_path / "packed.pt", weights_only=True))
-    assert torch.equal(other(x), y) and torch.equal(copy.deepcopy(other)(x), y)
-
-
-def test_a_converted_model_follows_the_dtype_it_is_moved_to():
-    model = qk.convert_(calibrated(weight_bits=4))
-    y = model(batch())
-    z = model.bfloat16()(batch(dtype=torch.bfloat16))
-    assert z.dtype == torch.bfloat16
-    torch.testing.assert_close(z.float(), y, rtol=0.3, atol=0.3)
-
-
-def test_after_convert():
-    model = qk.convert_(calibrated(method="noise_tempering"))
-    assert not model.training
-    with pytest.raises(ValueError, match="already converted"):
-        qk.convert_(model)
-    with pytest.raises(ValueError, match="model is already quantized"):
-        qk.quantize_(model)
-    weights = [layer.quantized_weight() for _, layer in convert.layers(model)]
-    # A step of an optimizer moves what is left (biases, activation steps) and no weight.
-    optimizer = torch.optim.SGD(qk.param_groups(model, lr=0.1))
-    model.train()(batch()).square().sum().backward()
-    optimizer.step()
-    for (_, layer), weight in zip(convert.layers(model), weights, strict=True):
-        assert torch.equal(layer.quantized_weight(), weight)
-    assert isinstance(model.stem.weight_quantizer, IntegerWeight)
 
 
 def test_convert_and_quantize_errors():
