@@ -80,8 +80,6 @@ class Quantizer(nn.Module):
             self.statistics.update(x)
             return x
         if not self.started:
-            self._adopt()
-        if not self.started:
             self._start_from_batch(x)
         x = self.prepare(x)
         quant_min, quant_max = self.bounds()
@@ -110,6 +108,9 @@ class Quantizer(nn.Module):
         self.started = True
 
     def _start_from_batch(self, x):
+        self._adopt()
+        if self.started:
+            return
         if not self.training:
             raise RuntimeError(
                 f"{type(self).__name__} has no step size yet: call qk.calibrate(model, loader), train, or load a "

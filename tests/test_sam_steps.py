@@ -233,6 +233,17 @@ def test_hooks_go_with_their_optimizer_and_rest_in_copies_of_the_model():
     assert not net[1].weight_quantizer._forward_hooks
 
 
+def test_a_base_whose_step_takes_nothing():
+    class Plain(torch.optim.SGD):
+        def step(self):
+            super().step()
+
+    net, other = network(), network()
+    train(net, qk.optim.SAM(net, Plain(net.parameters(), lr=0.1)), batches(2))
+    train(other, qk.optim.SAM(other, torch.optim.SGD(other.parameters(), lr=0.1)), batches(2))
+    assert equal(net, other)
+
+
 def test_an_optimizer_is_saved_by_its_state_dict_alone():
     net = network()
     optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))

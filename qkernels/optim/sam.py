@@ -63,7 +63,8 @@ class SAM(torch.optim.Optimizer):
             _check_size(name, value)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be a number > 0 or None, got {max_norm!r}")
-        if inspect.signature(base.step).parameters["closure"].default is inspect.Parameter.empty:
+        closure = inspect.signature(base.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(f"base must step without a closure, which {type(base).__name__} cannot")
         self.model, self.base = model, base
         self.adaptive, self.eta, self.every, self.beta = adaptive, eta, every, beta
