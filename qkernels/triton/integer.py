@@ -18,7 +18,7 @@ def quantize_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     r, c = walk.block_rows(pid // across, height, R), walk.block_columns(pid % across, W)
-    at, there = r.to(tl.int64) * stride + c, (r < height) & (c < width)
+    at, there = r.to(tl.int64) * stride + c, walk.above(r, height) & (c < width)
     row, row_there = walk.scale_rows(r, c, height, width, rows, BY_COLUMN)
     scale, offset, lo, hi = walk.grid_of(
         row, row_there, scale_ptr, offset_ptr, zero_point_ptr, quant_min, quant_max
@@ -38,7 +38,7 @@ def dequantize_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     r, c = walk.block_rows(pid // across, height, R), walk.block_columns(pid % across, W)
-    at, there = r.to(tl.int64) * stride + c, (r < height) & (c < width)
+    at, there = r.to(tl.int64) * stride + c, walk.above(r, height) & (c < width)
     row, row_there = walk.scale_rows(r, c, height, width, rows, BY_COLUMN)
     scale = math.safe_scale(tl.load(scale_ptr + row, row_there, other=1.0))
     offset = 0.0

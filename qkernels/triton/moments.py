@@ -29,7 +29,7 @@ def moments_kernel(s_ptr, t_ptr, partial_ptr, height, width, stride, rows, inner
             r = walk.block_rows(down * steps + step, height, R)
         else:
             c = walk.block_columns(right * steps + step, W)
-        at, there = r.to(tl.int64) * stride + c, (r < height) & (c < width)
+        at, there = r.to(tl.int64) * stride + c, walk.above(r, height) & (c < width)
         u = tl.where(there, tl.load(s_ptr + at, there, other=0.0).to(tl.float32) - shift_s, 0.0)
         v = tl.where(there, tl.load(t_ptr + at, there, other=0.0).to(tl.float32) - shift_t, 0.0)
         sum_s += tl.sum(u.to(tl.float64), axis=AXIS, keep_dims=True)
@@ -105,7 +105,7 @@ def standardized_distance_backward_kernel(
     q = -2.0 * factor * r_s * r_t
     near_s, near_t = mean_s.to(tl.float32), mean_t.to(tl.float32)
     rest = (p * (near_s.to(tl.float64) - mean_s) + q * (near_t.to(tl.float64) - mean_t)).to(tl.float32)
-    at, there = r.to(tl.int64) * stride + c, (r < height) & (c < width)
+    at, there = r.to(tl.int64) * stride + c, walk.above(r, height) & (c < width)
     s = tl.load(s_ptr + at, there, other=0.0).to(tl.float32)
     t = tl.load(t_ptr + at, there, other=0.0).to(tl.float32)
     ds = p.to(tl.float32) * (s - near_s) + (q.to(tl.float32) * (t - near_t) + rest)

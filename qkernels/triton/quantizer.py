@@ -20,7 +20,7 @@ def fake_quantize_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     r, c = walk.block_rows(pid // across, height, R), walk.block_columns(pid % across, W)
-    at, there = r.to(tl.int64) * stride + c, (r < height) & (c < width)
+    at, there = r.to(tl.int64) * stride + c, walk.above(r, height) & (c < width)
     row, row_there = walk.scale_rows(r, c, height, width, rows, BY_COLUMN)
     scale, offset, lo, hi = walk.grid_of(
         row, row_there, scale_ptr, offset_ptr, zero_point_ptr, quant_min, quant_max
@@ -59,7 +59,7 @@ def fake_quantize_backward_kernel(
         else:
             block_c = right * steps + step
             c = walk.block_columns(block_c, W)
-        at, there = r.to(tl.int64) * stride + c, (r < height) & (c < width)
+        at, there = r.to(tl.int64) * stride + c, walk.above(r, height) & (c < width)
         x = math.widen(tl.load(x_ptr + at, there, other=0.0))
         g = math.widen(tl.load(grad_ptr + at, there, other=0.0))
         n = 0.0

@@ -91,9 +91,8 @@ def row_values(t: torch.Tensor | None) -> torch.Tensor | None:
 
 @triton.jit
 def block_rows(block, height, R: tl.constexpr):
-    """Matrix rows of a block, in the integer type that the height needs; past that type's end all are ``height``."""
-    r = (block.to(height.dtype) * R + tl.arange(0, R))[:, None]
-    return tl.where(r < 0, height, r)
+    """Matrix rows of a block, in the integer type that the height needs; those past its end may wrap around."""
+    return (block.to(height.dtype) * R + tl.arange(0, R))[:, None]
 
 
 @triton.jit
@@ -102,12 +101,21 @@ def block_columns(block, W: tl.constexpr):
 
 
 @triton.jit
+def above(r, height):
+    """Whether rows are above ``height``; unsigned, those that have wrapped around are far below it."""
+    if r.dtype == tl.int64:
+        return r.to(tl.uint64, bitcast=True) < height
+    else:
+        return r.to(tl.uint32, bitcast=True) < height
+
+
+@triton.jit
 def scale_rows(r, c, height, width, rows, BY_COLUMN: tl.constexpr):
     """(row of scale, whether it is there) for matrix rows r and columns c."""
     if BY_COLUMN:
         return c, c < width
     else:
-        return r % rows, r < height
+        return r % rows, above(r, height)
 
 
 @triton.jit

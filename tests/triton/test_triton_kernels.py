@@ -132,7 +132,7 @@ def test_a_plan_covers_the_data_and_fits_its_block(shape, axis, rows):
 @triton.jit
 def rows_kernel(out_ptr, block, height, R: tl.constexpr):
     r = walk.block_rows(block, height, R)
-    tl.store(out_ptr + tl.arange(0, R)[:, None], tl.where(r < height, r, -1).to(tl.int64))
+    tl.store(out_ptr + tl.arange(0, R)[:, None], tl.where(walk.above(r, height), r, -1).to(tl.int64))
 
 
 @pytest.mark.parametrize("height", ((1 << 31) - 1, (1 << 31) - 13, (1 << 31) + 5))
