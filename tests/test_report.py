@@ -180,7 +180,9 @@ def test_measures_tables_and_pictures(tmp_path):
     make_run(tmp_path / "f", recipe="float", bits=32, measures=measured(1.0, 32))
     for seed in range(2):
         make_run(tmp_path / f"q{seed}", seed=seed, measures=measured(0.5 + seed / 10))
-    make_run(tmp_path / "w", bits=2, measures=measured(2.0))
+    saddle = measured(2.0)
+    saddle["hessian_latent"]["eigenvalues"][0] = -20.0
+    make_run(tmp_path / "w", bits=2, measures=saddle)
     (tmp_path / "w" / "landscape_quantized.png").write_bytes(png())
     page = Page(write_report([tmp_path], tmp_path / "r.html"))
     bounds = next(t for t in page.tables if "PAC-Bayes" in t[0])
@@ -195,6 +197,7 @@ def test_measures_tables_and_pictures(tmp_path):
     curvature = page.tables[number + 1]
     assert curvature[0] == ["", "λ₁", "Trace", "L∞, ρ = 0.001"]
     assert curvature[2] == ["lsq W4A4", "5.500", "27.500 ± 0.550", "0.055"]
+    assert page.classes[(number + 1, "5.500")] == "best", "not -20"
     layers = page.tables[number + 2]
     assert layers[2] == ["lsq W4A4", "5.000", "0.0055", "0.0055"] and layers[1] == [
         "float FP32",

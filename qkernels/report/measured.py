@@ -72,9 +72,9 @@ def _curvature(groups, kind, name):
 
 
 def _lowest_bold(labels, values):
-    """Rows of a table; the smallest number of a column is bold where there are several."""
+    """Rows of a table; the number of a column nearest to 0 is bold where there are several."""
     columns = [[v for v in column if v is not None] for column in zip(*values, strict=True)]
-    lowest = [min(column) if len(column) > 1 else None for column in columns]
+    lowest = [min(column, key=abs) if len(column) > 1 else None for column in columns]
 
     def cell(value, low):
         return charts.number(value), "best" if value is not None and value == low else ""
