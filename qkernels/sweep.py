@@ -76,7 +76,7 @@ def exit_code(cells, out, stopped, errors):
     if failed:
         say(f"{len(failed)} cells failed; --retry trains them again, from the start")
     if left:
-        say(f"{left} cells are left; the same command goes on with them")
+        say(f"{left} cells are left; the same command{' with --retry' if failed else ''} goes on with them")
     return int(bool(failed or left))
 
 

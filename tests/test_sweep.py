@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,40 @@ def test_a_damaged_checkpoint_costs_an_epoch_not_the_run(tmp_path, monkeypatch):
     assert epochs == [3, 0, 1, 2, 3] and (run / "float" / "result.json").stat().st_mtime_ns == start
     results = [json.loads(path.read_text()) for path in (whole, tmp_path / "whole.json")]
     assert results[0]["test_loss"] == results[1]["test_loss"]
+
+
+@pytest.mark.parametrize("damaged", ["float/checkpoint", "selected"])
+def test_a_damaged_part_of_a_run_is_made_again(tmp_path, damaged):
+    """The end of a float start that was complete; what was selected. As if nothing had been damaged."""
+    recipe = {"recipe": "qgen", "lr": 0.01} if damaged == "selected" else {"recipe": "lsq", "float_epochs": 2}
+    cell = Cell("cell", {**TINY_RUN, **recipe, "epochs": 2})
+    run_cells([cell], tmp_path, quiet=True, threads=1, device="cpu")
+    run = tmp_path / "cell"
+    whole = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    (run / damaged / "model.safetensors").write_bytes(b"half")
+    for path in () if damaged == "selected" else run.glob("checkpoint*"):
+        shutil.rmtree(path)
+    _, errors = run_cells([cell], tmp_path, quiet=True, threads=1, device="cpu")
+    assert not errors
+    assert json.loads((run / "result.json").read_text())["test_loss"] == whole["test_loss"]
+
+
+def test_float_weights_that_moved_are_found(tmp_path):
+    start = Cell("start", {**TINY_RUN, "recipe": "float"})
+    run_cells([start], tmp_path / "a", quiet=True, threads=1, device="cpu")
+
+    def cell(place):
+        init = str(tmp_path / place / "start")
+        return Cell("cell", {**TINY_RUN, "recipe": "lsq", "init": init})
+
+    run_cells([cell("a")], tmp_path, quiet=True, threads=1, device="cpu")
+    (tmp_path / "cell" / "result.json").unlink()
+    for path in (tmp_path / "cell").glob("checkpoint*"):
+        shutil.rmtree(path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert run_cells([cell("b")], tmp_path, quiet=True, threads=1, device="cpu") == (0, {})
+    assert (tmp_path / "cell" / "result.json").exists()
 
 
 def test_an_error_on_resume_keeps_the_run(tmp_path, monkeypatch):

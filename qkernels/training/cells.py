@@ -21,7 +21,7 @@ from pathlib import Path
 from ..files import write_json
 from . import distributed
 from .checkpoint import DamagedCheckpoint
-from .config import make_config, read_config
+from .config import make_config, read_config, resolved
 from .data import build_data
 from .log import read_json, say
 from .run import Diverged, Interrupted, train
@@ -57,7 +57,7 @@ def check_cells(cells, out):
 def _same_start(old, new):
     """Whether two paths are of the same float weights, which may have moved, or be mounted elsewhere."""
     moved = old and new and Path(old).name == Path(new).name and not Path(old).exists()
-    return old == new or moved
+    return resolved(old) == new or moved
 
 
 def check_device_and_data(cells, device="auto"):
@@ -125,11 +125,15 @@ def _run(cell, cells, out, quiet, machine):
 def _train(cell, folder, machine):
     while (folder / "config.json").exists():
         try:
-            return train(read_config(folder), folder, resume=True, quiet=True, **machine)
+            config = {
+                **read_config(folder),
+                "init": make_config(**cell.arguments)["init"],
+            }  # it may have moved
+            return train(config, folder, resume=True, quiet=True, **machine)
         except DamagedCheckpoint as error:
-            if error.path not in _checkpoints(folder):
+            if error.path.parent not in (folder, folder / "float"):
                 raise
-            _put_aside(error.path)  # then from the one before it, or from the start
+            _do_without(error.path)
     return train(make_config(**cell.arguments), folder, quiet=True, **machine)
 
 
@@ -144,6 +148,17 @@ def _forget_unfinished(folder):
     for path in _checkpoints(folder):
         if path.exists() and not (path.parent / "result.json").exists():
             _put_aside(path)
+
+
+def _do_without(damaged):
+    """So that its run, complete or not, goes on from the checkpoint before it, or from the start."""
+    run = damaged.parent
+    _put_aside(damaged)
+    if damaged.name.startswith("selected"):  # the later checkpoints rely on it
+        for path in (run / "checkpoint", run / "checkpoint.previous"):
+            if path.exists():
+                _put_aside(path)
+    (run / "result.json").unlink(missing_ok=True)
 
 
 def _put_aside(path):

@@ -20,7 +20,7 @@ def make_config(**arguments):
         ValueError: an unknown recipe or setting, or a value that is not accepted.
     """
     config = {key: arguments.pop(key, default) for key, default in RUN.items()}
-    config["init"] = _resolved(config["init"])
+    config["init"] = resolved(config["init"])
     for key, least, below in (("seed", 0, 2**63), ("image_size", 1, 2**31)):
         if not isinstance(config[key], int) or not least <= config[key] < below:
             raise ValueError(f"{key}: {config[key]!r} is not an integer from {least} to {below - 1}")
@@ -33,7 +33,7 @@ def make_config(**arguments):
     return {**config, **settings, "versions": versions}
 
 
-def _resolved(init):
+def resolved(init):
     """The path of the float weights, which is to hold in every working directory."""
     return None if init is None else str(Path(init).resolve())
 
@@ -56,7 +56,8 @@ def check_unchanged(config, given, overrides, out):
         table, _, inner = key.partition(".")
         own = config.get(table)
         own = own.get(inner) if inner and isinstance(own, dict) else own
-        value = _resolved(value) if key == "init" else value
+        if key == "init":
+            own, value = resolved(own), resolved(value)
         if own != value:
             raise ValueError(
                 f"--resume: {key} = {value!r} differs from {own!r} of the run in {out}; leave it out, or "
