@@ -332,7 +332,7 @@ class SeedSource:
         self.held = False
 
     def current(self, x):
-        if not self.held and not (self.seed is not None and _in_backward()):
+        if not self.held and not (self.seed is not None and _may_recompute()):
             self.seed = None
             return torch.ops.qkernels.draw_seed(x)
         if self.seed is None or self.seed.device != x.device:
@@ -340,9 +340,12 @@ class SeedSource:
         return self.seed
 
 
-def _in_backward():
-    """Whether autograd runs: what is computed now is computed again, for activation checkpointing."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0
+def _may_recompute():
+    """Whether autograd runs: what is computed now is computed again, for activation checkpointing.
+
+    A compiler cannot tell, so compiled parts keep the seed of the model's last forward.
+    """
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0
 
 
 def _positive(scale):

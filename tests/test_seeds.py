@@ -79,6 +79,20 @@ def test_checkpointing_a_part_called_alone_recomputes_the_same_noise():
         assert torch.equal(a, b)
 
 
+def test_checkpointing_a_compiled_part_recomputes_the_same_noise():
+    def gradients(model):
+        torch.manual_seed(4)
+        model(batch()).square().sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    plain = noisy("diffq", act_bits=4)
+    replayed = copy.deepcopy(plain)
+    replayed.checkpointed = True
+    replayed.body = torch.compile(replayed.body, backend="eager")
+    for a, b in zip(gradients(plain), gradients(replayed), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("outer", [False, True])
 def test_checkpointing_recomputes_the_same_noise(outer):
     def gradients(model, checkpointed):
