@@ -98,9 +98,10 @@ class QConfig:
             except ValueError as error:
                 raise ValueError(f"overrides[{name!r}]: {error}") from None
 
-    def of(self, name, at_end=False):
-        """The settings of the layer of that name; ``at_end``: it is the first or the last."""
-        own = max((key for key in self.overrides if candidates.within(name, key)), key=len, default=None)
+    def of(self, *names, at_end=False):
+        """The settings of the layer of that name (a shared one: names); ``at_end``: it is the first or the last."""
+        found = (key for key in self.overrides if any(candidates.within(name, key) for name in names))
+        own = max(found, key=len, default=None)
         ends = [key for key in ("weight_bits", "act_bits") if at_end and getattr(self, key) is not None]
         settings = {**dict.fromkeys(ends, self.first_last_bits), **self.overrides.get(own, {})}
         return replace(self, exclude=(), overrides={}, **settings)
@@ -171,7 +172,8 @@ def quantize_(model, config=None, **settings):
     seeds, swapped = q.SeedSource(), {}
     for name, layer in layers:
         if id(layer) not in swapped:
-            swapped[id(layer)] = _quantized(layer, config.of(name, id(layer) in ends))
+            aliases = [alias for alias, other in layers if other is layer]
+            swapped[id(layer)] = _quantized(layer, config.of(*aliases, at_end=id(layer) in ends))
         if name == "":
             model = swapped[id(layer)]
         else:

@@ -179,6 +179,12 @@ def test_copies_and_checkpoints_give_the_same_outputs(method, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["first", "again", "again.layer"])
+def test_overrides_by_any_name_of_a_shared_module(name):
+    model = qk.quantize_(Shared(), overrides={name: {"weight_bits": 3}}, **EVEN)
+    assert model.first.weight_quantizer.bits == 3 and model.again["layer"] is model.first
+
+
 def test_excluding_one_name_of_a_shared_module_leaves_it_alone():
     model = qk.quantize_(Shared(), exclude=["again"])
     assert type(model.first) is nn.Linear and model.again["layer"] is model.first
