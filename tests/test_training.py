@@ -160,6 +160,8 @@ def test_learning_rate_schedules():
     assert [steps(4.99), steps(5), steps(8)] == pytest.approx([1, 0.1, 0.01])
     thirds = lr_schedule("step", epochs=300, milestones=[0.3333, 0.6667], gamma=0.1)
     assert [thirds(e) for e in (99.998, 100, 199.998, 200)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    first = lr_schedule("step", epochs=4, milestones=[0.01, 0.99], gamma=0.1)
+    assert first(0) == 1 and first(0.5) == pytest.approx(0.1) and first(3.99) == pytest.approx(0.01)
     halves = lr_schedule("step", epochs=3, milestones=[0.5], gamma=0.1)
     assert [halves(1.49), halves(1.5)] == pytest.approx([1, 0.1])
     both = lr_schedule("cosine_steps", epochs=10, milestones=[0.5], gamma=0.1)

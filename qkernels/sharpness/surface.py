@@ -128,7 +128,7 @@ def _continued(out, settings):
         old = json.loads(Path(out).read_text())
     except ValueError:
         return []
-    if not isinstance(old, dict) or old.get("settings") != settings:
+    if not isinstance(old, dict) or not _same(old.get("settings"), settings):
         return []
     if "points" in old:
         return old["points"]
@@ -136,6 +136,20 @@ def _continued(out, settings):
     if old["dimensions"] == 2:
         pair = [[value for row in column for value in row] for column in pair]
     return [list(point) for point in zip(*pair, strict=True)]
+
+
+def _same(old, settings):
+    """Whether two calls are the same; what the weights give may differ by rounding, on another machine say."""
+    if not isinstance(old, dict) or old.keys() != settings.keys():
+        return False
+    return all(
+        all(map(_close, old[key], value)) if key == "unperturbed" else old[key] == value
+        for key, value in settings.items()
+    )
+
+
+def _close(a, b):
+    return a == b or (None not in (a, b) and math.isclose(a, b, rel_tol=1e-4))
 
 
 def _finite(value):

@@ -339,7 +339,7 @@ def lr_schedule(name, *, epochs, milestones=(), gamma=0.1, warmup_epochs=0.0):
     if not all(0 < m < 1 for m in milestones):
         raise ValueError(f"milestones: {list(milestones)} are not fractions of the epochs, between 0 and 1")
     steps = [m * epochs for m in milestones] if name in ("step", "cosine_steps") else []
-    steps = [round(s) if abs(s - round(s)) < 0.05 else s for s in steps]
+    steps = [round(s) if abs(s - round(s)) < 0.05 and 0 < round(s) < epochs else s for s in steps]
 
     def factor(epoch):
         if epoch < warmup_epochs:
