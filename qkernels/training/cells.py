@@ -124,11 +124,9 @@ def _run(cell, cells, out, quiet, machine):
 
 def _train(cell, folder, machine):
     while (folder / "config.json").exists():
+        # The float weights may have moved since.
+        config = {**read_config(folder), "init": make_config(**cell.arguments)["init"]}
         try:
-            config = {
-                **read_config(folder),
-                "init": make_config(**cell.arguments)["init"],
-            }  # it may have moved
             return train(config, folder, resume=True, quiet=True, **machine)
         except DamagedCheckpoint as error:
             if error.path.parent not in (folder, folder / "float"):
