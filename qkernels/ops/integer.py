@@ -49,11 +49,7 @@ def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None
         raise ValueError(
             f"quantize stores 8 bits: bounds must fit int8 or uint8, got [{quant_min}, {quant_max}]"
         )
-    if isinstance(zero_point, int):
-        zero_point = torch.full(
-            (1,), whole_zero_point(zero_point, *STORED), dtype=torch.int32, device=x.device
-        )
-    scale, offset, zero_point, axis = prepare(x, scale, offset, zero_point, axis, group_size, STORED)
+    scale, offset, zero_point, axis = _prepare(x, scale, offset, zero_point, axis, group_size)
     with torch.no_grad():
         return backend.op("quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max)
 
@@ -66,14 +62,18 @@ def dequantize(q, scale, *, axis=None, group_size=None, offset=None, zero_point=
     _check_integer("q", q, (torch.int8, torch.uint8))
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    if isinstance(zero_point, int):
-        zero_point = torch.full(
-            (1,), whole_zero_point(zero_point, *STORED), dtype=torch.int32, device=q.device
-        )
     like = torch.empty((), dtype=dtype, device=q.device).expand(q.shape)
-    scale, offset, zero_point, axis = prepare(like, scale, offset, zero_point, axis, group_size, STORED)
+    scale, offset, zero_point, axis = _prepare(like, scale, offset, zero_point, axis, group_size)
     with torch.no_grad():
         return backend.op("dequantize")(q, scale, offset, zero_point, axis, dtype)
+
+
+def _prepare(x, scale, offset, zero_point, axis, group_size):
+    """`prepare` where levels are stored: a zero point is a tensor, within STORED."""
+    if isinstance(zero_point, int):
+        whole = whole_zero_point(zero_point, *STORED)
+        zero_point = torch.full((1,), whole, dtype=torch.int32, device=x.device)
+    return prepare(x, scale, offset, zero_point, axis, group_size, STORED)
 
 
 def pack(q, bits):

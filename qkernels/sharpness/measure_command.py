@@ -1,7 +1,6 @@
 """`qkernels measure`: every measure of one trained run, in the run's folder."""
 
 import copy
-import hashlib
 import json
 import sys
 import time
@@ -20,7 +19,7 @@ from .gaps import generalization, layer_table
 from .linf import linf_sharpness
 from .measures import Report, measure
 from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
-from .saved import write_json
+from .saved import digest, write_json
 from .surface import landscape
 
 RADII = (1e-3, 5e-4)
@@ -114,7 +113,7 @@ class Run:
             "noise": args.noise,
             "which": args.which,
             "batch_size": args.batch_size or config["batch_size"],
-            "weights": _digest(model),
+            "weights": digest(model.parameters()),
             **self.common,
         }
         if args.restart:
@@ -231,14 +230,6 @@ def _ascent(model, config):
         return {"rho": optimizer.param_groups[0]["rho"], "case": getattr(optimizer, "case", None)}
     quantized = any(q.role == "weight" for q in quantizers(model))
     return {"rho": 0.3, "case": 3} if quantized else {"rho": 0.05, "case": None}
-
-
-def _digest(model):
-    """A name for the weights."""
-    found = hashlib.sha256()
-    for p in model.parameters():
-        found.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()[:12]
 
 
 def _read(path, settings):

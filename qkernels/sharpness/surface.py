@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..perturbation import filter_normalized, perturb
 from .data import Data
 from .pictures import Drawn
-from .saved import write_json
+from .saved import digest, write_json
 from .subject import Copies, Subject, check_at_least
 
 _WRITE_EVERY = 2.0  # seconds
@@ -73,7 +73,7 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     data = Data(loader, subject.device, batches)
     settings = {
         "size": size, "span": span, "dimensions": dimensions, "weights": weights, "parameters": parameters,
-        "seed": seed, "images": data.size, "sum": sum(w.double().sum().item() for w in subject.values),
+        "seed": seed, "images": data.size, "values": digest(subject.values),
     }  # fmt: skip
     # What the weights themselves give tells other images and another criterion apart.
     (unperturbed,) = _evaluate(Copies(subject, [subject.values], how), data, criterion)
