@@ -52,6 +52,7 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
         ({"epochs": 0}, "epochs: 0 is not a number of at least 1"),
         ({"float_epochs": -1}, "float_epochs: -1 is not a number of at least 0"),
         ({"calibration_batches": 0}, "calibration_batches: 0 is not a number of at least 1"),
+        ({"calibration_images": -1}, "calibration_images: -1 is not a number of at least 0"),
         ({"bn_reestimate": -1}, "bn_reestimate: -1 is not a number of at least 0"),
         ({"clip_grad_norm": -1.0}, "clip_grad_norm: -1.0 is not a number of at least 0"),
         ({"gamma": -1.0}, "gamma: -1.0 is not a number of at least 0"),
@@ -73,6 +74,18 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
 def test_bad_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("lsq", "digits", overrides)
+
+
+@pytest.mark.parametrize("images, processes, seen", [(0, 1, 96), (40, 1, 40), (40, 3, 14), (200, 1, 96)])
+def test_calibration_takes_the_first_images(monkeypatch, images, processes, seen):
+    """Of three batches of 32; processes share them."""
+    config = make_config(**TINY, recipe="lsq", calibration_batches=3, calibration_images=images)
+    x, taken, model = torch.randn(128, 3, 8, 8), [], build.quantize(Tiny(), config)
+    data = types.SimpleNamespace(train=list(zip(x.split(32), torch.zeros(128).split(32), strict=True)))
+    model.register_forward_pre_hook(lambda module, args: taken.append(args[0]))
+    monkeypatch.setattr("qkernels.training.distributed.world", lambda: processes)
+    build.calibrate(model, data, config)
+    assert torch.equal(torch.cat(taken), x[:seen])
 
 
 @pytest.mark.parametrize(

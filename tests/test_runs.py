@@ -202,6 +202,17 @@ def test_a_resumed_run_needs_its_float_weights_for_a_teacher_alone(tmp_path, mon
     assert train(config, tmp_path / "q", resume=True, quiet=True)["epochs"] == 2
 
 
+def test_a_run_of_an_earlier_version_continues(tmp_path, monkeypatch):
+    """Its config lacks a setting that has been added since."""
+    config = make_config(**TINY, recipe="lsq", float_epochs=1)
+    interrupting(monkeypatch, 20)
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "q", quiet=True)
+    del config["calibration_images"]
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    assert train(read_config(tmp_path / "q"), tmp_path / "q", resume=True, quiet=True)["epochs"] == 2
+
+
 def test_a_resumed_run_does_not_train_its_float_start_again(tmp_path, monkeypatch):
     config = make_config(**TINY, recipe="lsq", float_epochs=1)
     interrupting(monkeypatch, 20)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import nn as qnn
-from ..convert import calibrate, param_groups, quantizers
+from ..convert import param_groups, quantizers
 from ..noise import FeaturePerturbation
 from ..optim import SAM, SAQ, lists
 from ..perturbation import weights as learned_weights
@@ -221,7 +221,7 @@ def training_epochs(config, device="cpu", *, workers=4):
         teacher = copy.deepcopy(model).to(device).eval().requires_grad_(False)
     model = build.quantize(model, config).to(device)
     if config["method"]:
-        calibrate(model, data.train, batches=config["calibration_batches"])
+        build.calibrate(model, data, config)
     training._seed(config["seed"])
     same = ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
     trainer = Trainer(

@@ -7,7 +7,7 @@ import torch
 import qkernels as qk
 from qkernels.models import build_model
 
-from . import checkpoint
+from . import checkpoint, distributed
 
 NOISES = ("Tempering", "FeaturePerturbation", "Pseudo", "StochasticRounding")
 
@@ -24,6 +24,22 @@ def quantize(model, config):
     arguments = _arguments(config["quantizer"])
     bits = {key: None if config[key] == 32 else config[key] for key in ("weight_bits", "act_bits")}
     return qk.quantize_(model, _made("quantizer", qk.QConfig, method=config["method"], **bits, **arguments))
+
+
+def calibrate(model, data, config):
+    """Sets the step sizes from the first batches of training; of their images, all or the first few."""
+    images, batches = config["calibration_images"], data.train
+    if images:
+        batches = _first(batches, -(-images // distributed.world()))
+    return qk.calibrate(model, batches, config["calibration_batches"])
+
+
+def _first(batches, images):
+    for x, y in batches:
+        yield x[:images], y[:images]
+        images -= len(x)
+        if images <= 0:
+            return
 
 
 def _arguments(table):

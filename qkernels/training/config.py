@@ -8,7 +8,7 @@ import torch
 import qkernels as qk
 
 from .log import read_json
-from .recipe import load_recipe
+from .recipe import SETTINGS, load_recipe
 
 RUN = {"recipe": "lsq", "model": "resnet20", "data": "digits", "seed": 0, "image_size": 224, "init": None}
 
@@ -47,7 +47,7 @@ def read_config(out):
     missing = [key for key in RUN if key not in config]
     if missing:
         raise ValueError(f"{path} is not the config of a run: it lacks {', '.join(missing)}")
-    return config
+    return {**SETTINGS, **config}  # a run of an earlier version lacks what has been added
 
 
 def check_unchanged(config, given, overrides, out):

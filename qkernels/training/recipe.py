@@ -36,6 +36,7 @@ SETTINGS = {
     "float_recipe": "float",  # of that float model; "" starts a quantized run from random weights
     "float_epochs": 0,  # of the float model a quantized run without --init trains first; 0: as the float recipe says
     "calibration_batches": 8,
+    "calibration_images": 0,  # of these batches, the first; 0: all
     "select": "last",  # or "train_loss": the result is the epoch of lowest training loss
     "bn_reestimate": 0,  # batches for the BatchNorm statistics after training; 0 is off
     "quantizer": {},  # further arguments of QConfig; None is "none", a noise { kind = "Tempering", c = 0.2 }
@@ -44,8 +45,8 @@ SETTINGS = {
 }
 LEAST = {
     "epochs": 1, "batch_size": 1, "accumulate": 1, "weight_bits": 2, "act_bits": 2, "calibration_batches": 1,
-    "float_epochs": 0, "bn_reestimate": 0, "momentum": 0, "weight_decay": 0, "gamma": 0, "warmup_epochs": 0,
-    "label_smoothing": 0, "clip_grad_norm": 0,
+    "calibration_images": 0, "float_epochs": 0, "bn_reestimate": 0, "momentum": 0, "weight_decay": 0, "gamma": 0,
+    "warmup_epochs": 0, "label_smoothing": 0, "clip_grad_norm": 0,
 }  # fmt: skip
 CHOICES = {
     "optimizer": ("sgd", "adam", "adamw", "rmsprop"),

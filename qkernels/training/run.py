@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import qkernels as qk
-
 from ..files import write_json
 from . import build, checkpoint, distributed
 from .bn import bn_reestimate
@@ -243,7 +241,7 @@ def _train_one(config, out, init, model, data, machine, options):
     if saved is not None:
         model.load_state_dict(saved[0])
     elif config["method"]:
-        qk.calibrate(model, data.train, batches=config["calibration_batches"])
+        build.calibrate(model, data, config)
     if saved is None and first:
         checkpoint.save_tensors(out / "initial.safetensors", model.state_dict())
     _seed(config["seed"] + distributed.rank())
