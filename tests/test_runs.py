@@ -205,7 +205,7 @@ def test_a_resumed_run_needs_its_float_weights_for_a_teacher_alone(tmp_path, mon
 def test_a_run_of_an_earlier_version_continues(tmp_path, monkeypatch):
     """Its config lacks a setting that has been added since."""
     config = make_config(**TINY, recipe="lsq", float_epochs=1)
-    interrupting(monkeypatch, 20)
+    interrupting(monkeypatch, 5)
     with pytest.raises(Interrupted):
         train(config, tmp_path / "q", quiet=True)
     del config["calibration_images"]
