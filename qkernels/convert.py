@@ -24,7 +24,8 @@ class QConfig:
         weight_bits, act_bits: 2 to 8; None leaves weights or activations in floating point.
         weight_axis: 0 per output channel, None per tensor.
         first_last_bits: bits of weights and activations of the first and last layer; None: as the others.
-        act_signed: None decides per layer from the data. exclude: names of modules (and all below) left alone.
+        act_signed: None decides per layer from the data. act_offset: method "saq" learns an offset for each layer's
+            activations, as "lsq+" always does. exclude: names of modules (and all below) left alone.
         grad_scale_count: N of LSQ's gradient scale, "features" (paper) or "numel" (most public code).
         weight_norm: "detach", "full" or "none", SAQ's standardisation of convolution weights.
         weight_noise, act_noise: one of qk.noise; the method's own where it has one ("noise_tempering", "diffq").
@@ -41,6 +42,7 @@ class QConfig:
     weight_axis: int | None = 0
     first_last_bits: int | None = 8
     act_signed: bool | None = None
+    act_offset: bool = False
     exclude: tuple[str, ...] = field(default=())
     grad_scale_count: str = "features"
     weight_norm: str = "detach"
@@ -67,6 +69,10 @@ class QConfig:
             raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
         if self.act_signed not in (True, False, None):
             raise ValueError(f"act_signed must be True, False or None, got {self.act_signed!r}")
+        if self.act_offset not in (True, False) or (self.act_offset and self.method != "saq"):
+            raise ValueError(
+                f"act_offset must be False, or True for method 'saq'; got {self.act_offset!r} for {self.method!r}"
+            )
         if isinstance(self.exclude, str):
             raise ValueError(f"exclude must be a sequence of module names, got {self.exclude!r}")
         object.__setattr__(self, "exclude", tuple(self.exclude))
@@ -123,6 +129,8 @@ class QConfig:
 
     def activation_quantizer(self):
         options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
+        if self.method == "saq":
+            options = {"offset": self.act_offset}
         return q.ACTIVATION[self.method](
             self.act_bits,
             "activation",

@@ -256,15 +256,27 @@ class ClipWeight(Quantizer):
 class ClipActivation(Quantizer):
     """SAQ's activation quantizer: [0, clip] in 2**bits - 1 steps; clip starts at 1. Source: SAQ, section 3.1.
 
-    Data with negative values gets the signed grid of the same clip, starting at 0.8 * max|x|.
+    Data with negative values gets the signed grid of the same clip, starting at 0.8 * max|x|; with ``offset`` all
+    data get [offset, offset + clip], both learned, starting as LSQ+'s do (SAQ, appendix A, for MobileNetV2).
     """
 
-    learned, initial = ("clip",), 1.0
+    initial = 1.0
+
+    def __init__(self, *args, offset=False, **kwargs):
+        self.learned = ("clip", "offset") if offset else ("clip",)
+        self.own_sign = False if offset else None
+        super().__init__(*args, **kwargs)
 
     def grid(self):
-        return {"scale": self.clip.abs() / self.bounds()[1]}
+        scale = self.clip.abs() / self.bounds()[1]
+        return {"scale": scale, "offset": self.offset} if "offset" in self.learned else {"scale": scale}
 
     def start(self, statistics):
+        if "offset" in self.learned:
+            scale, offset = statistics.least_squares_range(self.bounds()[1])
+            self.clip.copy_(_positive(scale * self.bounds()[1]))
+            self.offset.copy_(offset)
+            return
         self.clip.copy_(
             _positive(0.8 * statistics.peak) if self.signed else torch.full_like(self.clip, self.initial)
         )

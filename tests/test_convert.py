@@ -247,6 +247,8 @@ def test_convert_and_quantize_errors():
         ({"weight_axis": 1}, r"weight_axis must be 0 \(per output channel\) or None \(per tensor\), got 1"),
         ({"grad_scale_count": "n"}, "grad_scale_count must be one of features, numel; got 'n'"),
         ({"weight_norm": True}, "weight_norm must be one of detach, full, none; got True"),
+        ({"act_offset": 1.5}, "act_offset must be False, or True for method 'saq'; got 1.5 for 'lsq'"),
+        ({"act_offset": True}, "act_offset must be False, or True for method 'saq'; got True for 'lsq'"),
         ({"act_signed": "auto"}, "act_signed must be True, False or None, got 'auto'"),
         ({"exclude": "head"}, "exclude must be a sequence of module names, got 'head'"),
         ({"weight_noise": "tempering"}, "weight_noise must be one of qk.noise .*got 'tempering'"),

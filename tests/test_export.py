@@ -64,6 +64,7 @@ ONNX = [
     ("pact", 4, 4, {}, 21, "UINT4"),
     ("dorefa", 2, 2, {}, 25, "UINT2"),
     ("saq", 4, 4, {}, 21, "UINT4"),
+    ("saq", 4, 4, {"act_offset": True}, 21, "UINT4"),
     ("lsq+", 4, 4, {}, 21, "INT4"),
 ]
 

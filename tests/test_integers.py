@@ -46,9 +46,11 @@ def test_converted_weights_keep_their_order_of_memory(before):
     assert same_bits(model(batch()), y)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_converted_bfloat16_models(method):
-    model = calibrated(method=method, model=Net().bfloat16()).eval()
+@pytest.mark.parametrize(
+    "settings", [{"method": "saq", "act_offset": True}, *({"method": name} for name in METHODS)], ids=str
+)
+def test_converted_bfloat16_models(settings):
+    model = calibrated(model=Net().bfloat16(), **settings).eval()
     y = model(batch(dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert same_bits(qk.convert_(model)(batch(dtype=torch.bfloat16)), y)

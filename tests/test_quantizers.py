@@ -253,6 +253,31 @@ def test_clip_activations(method, initial):
     assert above.item() != pytest.approx(clip.grad.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("low", [-1.0, 0.0, 2.0])
+def test_saq_activations_with_an_offset(low):
+    """clip and offset start where LSQ+ starts its range, and learn by the chain rule of [offset, offset + clip]."""
+    x = torch.rand(6, 50, dtype=torch.float64) * 3 + low
+    quantizer, other = activation("saq", 3, x, act_offset=True).double(), activation("lsq+", 3, x).double()
+    assert quantizer.signed is False and quantizer.offset.item() == other.offset.item()
+    torch.testing.assert_close(quantizer.clip, other.scale * 7)
+    with torch.no_grad():
+        quantizer.clip.mul_(0.7)
+        quantizer.offset.add_(0.3)
+    upstream = torch.randn_like(x)
+    plain = x.clone().requires_grad_()
+    y = quantizer(x.requires_grad_())
+    y.backward(upstream)
+    clip, offset = (p.detach().clone().requires_grad_() for p in (quantizer.clip, quantizer.offset))
+    unit = (plain - offset) / clip
+    assert (unit < 0).any() and (unit > 1).any()
+    expected = clip * straight_round(unit.clamp(0, 1) * 7) / 7 + offset
+    expected.backward(upstream)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(x.grad, plain.grad)
+    torch.testing.assert_close(quantizer.clip.grad, clip.grad)
+    torch.testing.assert_close(quantizer.offset.grad, offset.grad)
+
+
 def test_dorefa_weights_follow_equation_9():
     layer = conv("dorefa", 3, 0).train()
     upstream = torch.randn_like(layer.weight)

@@ -147,6 +147,7 @@ def test_batchnorm_is_re_estimated_for_mobilenet_alone():
     assert {name for name in available_recipes() if load_recipe(name)["bn_reestimate"]} == {"saq_mobilenet"}
     mobilenet = load_recipe("saq_mobilenet")
     assert (mobilenet["epochs"], mobilenet["weight_decay"], mobilenet["bn_reestimate"]) == (140, 4e-5, 10)
+    assert mobilenet["quantizer"]["act_offset"] is True
     assert mobilenet["sharpness"]["rho_by_model"]["mobilenet_v2"] == {"4": 0.40}
 
 
