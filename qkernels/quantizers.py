@@ -199,7 +199,8 @@ class LSQPlus(Quantizer):
 class Asymmetric(Quantizer):
     """Learned scale, zero point fixed by calibration. Source: FPQ, eqs. 4 and 5.
 
-    scale = (max - min) / (2**bits - 1), zero_point = -rint(min / scale), with 0 inside [min, max].
+    scale = (max - min) / quant_max, zero_point = rint(quant_max - max / scale), with 0 always inside of [min, max],
+    so that it is a level (beyond the equations, for zeros are what convolutions pad with).
     """
 
     learned, own_sign = ("scale",), False
@@ -215,8 +216,11 @@ class Asymmetric(Quantizer):
         low, high = statistics.minimum.clamp(max=0), statistics.maximum.clamp(min=0)
         top = self.bounds()[1]
         self.scale.copy_(_positive((high - low) / top))
-        # A NaN range shows in the scale; it has no integer.
-        self.zero_point.copy_((-(low / self.scale).round()).clamp(0, top).nan_to_num().to(torch.int32))
+        # By the range itself: around zero it is a tie, which the rounding of scale would decide. A NaN range shows in
+        # the scale; it has no integer.
+        self.zero_point.copy_(
+            (top * (1 - high / _positive(high - low))).round().clamp(0, top).nan_to_num().to(torch.int32)
+        )
 
 
 class ClipWeight(Quantizer):

@@ -168,9 +168,21 @@ def test_layer_table(run_dir):
     row = next(r for r in rows if r["name"] == name)
     assert row["weight_bits"] == 4
     assert row["weight_step"] == pytest.approx(layer.weight_quantizer.scale.abs().mean().item())
-    error = (layer.quantized_weight() - layer.weight).square().mean().item()
+    error = (layer.quantized_weight() - layer.weight).abs().mean().item()
     assert row["weight_error"] == pytest.approx(error)
-    assert 0 < row["weight_error"] < row["weight_step"] ** 2
+    assert 0 < row["weight_error"] < row["weight_step"]
+
+
+def test_layer_table_of_a_float_network():
+    """The norms of QGen's table 2 are compared with those of the float network."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(4, 2))
+    rows = sharpness.layer_table(model)
+    assert [row["name"] for row in rows] == ["0", "3"]
+    for row, layer in zip(rows, (model[0], model[3]), strict=True):
+        assert row["weight_norm"] == layer.weight.norm().item()
+        assert row["weight_step"] is row["weight_error"] is row["input_bits"] is None
+    partly = sharpness.layer_table(qk.quantize_(model, exclude=["3"]))
+    assert [row["weight_bits"] for row in partly] == [8, None] and partly[1] == rows[1]
 
 
 def test_measure_command(run_dir, capsys, monkeypatch):

@@ -48,6 +48,12 @@ def test_parameter_counts_are_the_published_ones(name, classes, image_size, coun
     assert model(torch.empty(2, 3, image_size, image_size, device="meta")).shape == (2, classes)
 
 
+@pytest.mark.parametrize("name, outputs", [("resnet18_w16", 128), ("preact_resnet50_w16", 512)])
+def test_qgens_resnets_have_a_quarter_of_the_width(name, outputs):
+    model = build_meta(name, 10)
+    assert model.conv1.weight.shape == (16, 3, 3, 3) and model.fc.in_features == outputs
+
+
 @pytest.mark.parametrize("name", available_models())
 def test_every_available_model_takes_cifar_images(name):
     assert build_meta(name, 7)(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 7)

@@ -173,6 +173,16 @@ def test_asymmetric_weights_follow_equations_4_and_5(bits, axis):
     torch.testing.assert_close(layer.eval().quantized_weight(), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_asymmetric_zero_point_of_a_range_around_zero(bits):
+    """Equation 5 is a tie there, which the rounding of the scale does not decide."""
+    points = {
+        activation("asymmetric", bits, torch.tensor([[-peak, peak]])).zero_point.item()
+        for peak in torch.rand(50)
+    }
+    assert points == {round((2**bits - 1) / 2)}
+
+
 def test_asymmetric_range_holds_zero():
     for x in (torch.rand(4, 8) + 3, -torch.rand(4, 8) - 3):
         quantizer = activation("asymmetric", 8, x)

@@ -198,6 +198,7 @@ def test_logit_distillation_loss():
         ("tiny", 3, {}, 0.30),
         ("resnet50", 4, {}, 0.95),
         ("mobilenet_v2", 2, {}, 0.40),
+        ("torchvision:mobilenet_v2", 4, {}, 0.40),
         ("resnet50", 4, {"sharpness.rho": 0.1}, 0.1),
     ],
 )

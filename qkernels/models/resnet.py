@@ -130,15 +130,20 @@ def _three_stages(num_classes, in_channels, image_size, *, depth, pre_activation
     return ResNet([(depth - 2) // 6] * 3, [16, 32, 64], num_classes, in_channels, **options)
 
 
-def _four_stages(num_classes, in_channels, image_size, *, depths, **options):
+def _four_stages(num_classes, in_channels, image_size, *, depths, width=64, **options):
     stem = "cifar" if is_small(image_size) else "imagenet"
-    return ResNet(depths, [64, 128, 256, 512], num_classes, in_channels, stem=stem, **options)
+    widths = [width, 2 * width, 4 * width, 8 * width]
+    return ResNet(depths, widths, num_classes, in_channels, stem=stem, stem_width=width, **options)
 
 
-MODELS = {f"resnet{depth}": partial(_three_stages, depth=depth) for depth in (20, 32, 44, 56)}
-MODELS |= {
+_FOUR_STAGES = {
     "resnet18": partial(_four_stages, depths=(2, 2, 2, 2)),
     "resnet34": partial(_four_stages, depths=(3, 4, 6, 3)),
     "resnet50": partial(_four_stages, depths=(3, 4, 6, 3), bottleneck=True),
 }
+MODELS = {f"resnet{depth}": partial(_three_stages, depth=depth) for depth in (20, 32, 44, 56)}
+MODELS |= _FOUR_STAGES
+MODELS |= {
+    f"{name}_w16": partial(build, width=16) for name, build in _FOUR_STAGES.items()
+}  # QGen's, on CIFAR
 MODELS |= {f"preact_{name}": partial(build, pre_activation=True) for name, build in MODELS.items()}

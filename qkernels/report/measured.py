@@ -97,7 +97,7 @@ def _layers(groups):
         return ""
     headers = ["", "‖w‖", "Mean step size", "Mean quantization error"]
     cells = [[label, *map(charts.number, values)] for label, values in rows]
-    note = "‖w‖ over all quantized layers; the means over layers. Error: mean of (Q(w) − w)². Curves: the first seed."
+    note = "‖w‖ over all layers; the means over layers. Error: mean of |Q(w) − w|. Curves: the first seed."
     plots = [
         figure(charts.line_chart(lines[key], "layer", f"log₁₀ {name}", name), name[0].upper() + name[1:])
         for key, name in (("weight_step", "step size of the weights"), ("weight_error", "quantization error"))

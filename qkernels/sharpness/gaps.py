@@ -2,8 +2,8 @@
 
 import torch
 
-from ..convert import layers
 from ..corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from ..nn import QUANTIZED, _Quantized
 from ..quantizers import Quantizer
 from ..training.engine import evaluate
 
@@ -90,14 +90,16 @@ class _Corrupted:
 
 @torch.no_grad()
 def layer_table(model):
-    """Per quantized layer: bits, weight norm, step sizes and quantization error. Source: QGen fig. 1, NT table 6.
+    """Per layer: bits, weight norm, step sizes and quantization error. Source: QGen fig. 1, table 2; NT table 6.
 
-    weight_step, input_step: mean step size; weight_error: mean of (Q(w) - w)^2, w standardised first where the
-    quantizer does so; weight_norm: ||w||; largest: max |w|.
+    weight_step, input_step: mean step size; weight_error: mean of |Q(w) - w|, w standardised first where the
+    quantizer does so (None: not quantized); weight_norm: ||w||; largest: max |w|.
     """
     rows = []
-    for name, layer in layers(model):
-        weight, activation = layer.weight_quantizer, layer.input_quantizer
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (_Quantized, *QUANTIZED)):
+            continue
+        weight, activation = (getattr(layer, f"{role}_quantizer", None) for role in ("weight", "input"))
         row = {"name": name, "weight_bits": None, "weight_step": None, "weight_error": None}
         if layer.weight is not None:
             row |= {"weight_norm": layer.weight.norm().item(), "largest": layer.weight.abs().max().item()}
@@ -105,8 +107,7 @@ def layer_table(model):
             row["weight_bits"] = weight.bits
             row["weight_step"] = _step(weight)
         if isinstance(weight, Quantizer):
-            error = weight(layer.weight) - weight.prepare(layer.weight)
-            row["weight_error"] = error.square().mean().item()
+            row["weight_error"] = (weight(layer.weight) - weight.prepare(layer.weight)).abs().mean().item()
         row["input_bits"] = None if activation is None else activation.bits
         row["input_step"] = None if activation is None else _step(activation)
         rows.append(row)

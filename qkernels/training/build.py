@@ -109,7 +109,8 @@ def _sharpness_aware(model, base, config):
     wrappers = {"sam": "SAM", "saq": "SAQ"}
     if kind not in wrappers:
         raise ValueError(f"sharpness.kind: {kind!r} is not one of {', '.join(wrappers)}")
-    radii = arguments.pop("rho_by_model", {}).get(config["model"], arguments.pop("rho_by_bits", None))
+    name = config["model"].rpartition(":")[2]  # timm's and torchvision's are the same networks
+    radii = arguments.pop("rho_by_model", {}).get(name, arguments.pop("rho_by_bits", None))
     arguments.pop("rho_by_bits", None)
     if radii and not isinstance(radii, dict):
         raise ValueError(f"sharpness.rho_by_bits: {radii!r} is not a table of bits and rho")
