@@ -1,5 +1,6 @@
 """What all tests share: one thread unless a test asks for more, fixed seeds, a count of what cannot run."""
 
+import builtins
 import ctypes
 import signal
 import sys
@@ -9,11 +10,21 @@ import torch
 from tiny import Tiny
 
 from qkernels import testing
+from qkernels.bench import lists, measure
 from qkernels.training import build
 
 # A suite started in the background of a script inherits "ignore Ctrl-C", and so would the programs it interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_ROWS = {
+    "activation": {(2, 4, 5, 5): ("tensor",)},
+    "weight": {(8, 4, 3, 3): ("axis0",)},
+    "linear": {(4, 16): ("token",)},
+    "noise": {(2, 4, 5, 5): ("tensor",)},
+    "distance": {(2, 4, 5, 5): ("axis1",)},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +64,34 @@ def tiny(monkeypatch):
     monkeypatch.setattr(
         build, "build_model", lambda name, classes, *_: Tiny(classes) if name == "tiny" else None
     )
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Function that makes the import of a package fail."""
+    real = builtins.__import__
+
+    def hide(package):
+        def fail(name, *args, **kwargs):
+            if name.split(".")[0] == package:
+                raise ImportError(f"No module named {package!r}")
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", fail)
+
+    return hide
+
+
+@pytest.fixture
+def tiny_rows(monkeypatch):
+    """Every suite times tiny tensors, with samples of a millisecond."""
+    for name, shapes in _ROWS.items():
+        monkeypatch.setitem(testing.TIMED, name, shapes)
+    monkeypatch.setattr(testing.table, "LISTS", {"resnet20": (10, 8)})
+    monkeypatch.setattr(testing, "LISTS", testing.table.LISTS)
+    monkeypatch.setattr(lists, "COPIED", "resnet20")
+    monkeypatch.setattr(measure.collect, "__defaults__", (1e-3,))
+    monkeypatch.setattr(measure, "POOL_BYTES", 1 << 20)
 
 
 @pytest.fixture

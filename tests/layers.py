@@ -1,10 +1,11 @@
-"""A network of every kind of layer, quantized and calibrated."""
+"""A network of every kind of layer, quantized and calibrated; single quantizers, and the formulas they follow."""
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
+from qkernels.observe import Statistics
 
 METHODS = ["lsq", "lsq+", "asymmetric", "saq", "pact", "dorefa", "noise_tempering", "diffq", "ewgs"]
 EVEN = {"first_last_bits": None}
@@ -46,3 +47,35 @@ def same_bits(a, b):
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )
+
+
+def conv(method, bits=4, axis=0, act_bits=None, **settings):
+    """A quantized convolution in float64, its step sizes too, where not calibrated from float32."""
+    layer = nn.Conv2d(3, 5, 3).double()
+    with torch.no_grad():
+        layer.weight.mul_(2).add_(0.05)
+    settings = {
+        "weight_bits": bits, "act_bits": act_bits, "weight_axis": axis, "first_last_bits": None, **settings
+    }  # fmt: skip
+    return qk.quantize_(layer, qk.QConfig(method=method, **settings))
+
+
+def activation(method, bits, x, signed=None, **settings):
+    """An activation quantizer calibrated on x."""
+    quantizer = qk.QConfig(method=method, act_bits=bits, act_signed=signed, **settings).activation_quantizer()
+    statistics = Statistics()
+    statistics.update(x)
+    quantizer.start_from(statistics)
+    return quantizer
+
+
+def rows_of(weight, axis):
+    return weight.flatten(1) if axis == 0 else weight.reshape(1, -1)
+
+
+def per_channel(values, axis):
+    return values.double().view(-1, 1, 1, 1) if axis == 0 else values.double()
+
+
+def straight_round(v):
+    return v + (v.round() - v).detach()

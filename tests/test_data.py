@@ -1,32 +1,12 @@
 """Data sets and loaders: good and damaged files, exact augmentation, batches that a seed determines."""
 
-import builtins
-import gc
-import shutil
-import weakref
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loading import batches, same
 
 from qkernels.training.data import Loader, TensorLoader, build_data, crop_flip
-
-
-@pytest.fixture
-def missing(monkeypatch):
-    """Function that makes the import of a package fail."""
-    real = builtins.__import__
-
-    def hide(package):
-        def fail(name, *args, **kwargs):
-            if name.split(".")[0] == package:
-                raise ImportError(f"No module named {package!r}")
-            return real(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", fail)
-
-    return hide
 
 
 def write_cifar(folder, labels=1, per_file=8, classes=10):
@@ -42,29 +22,6 @@ def write_cifar(folder, labels=1, per_file=8, classes=10):
         data.tofile(folder / name)
         records.append(data)
     return records
-
-
-def write_folder(root, per_class=3):
-    """Images of several shapes, each of one colour per class, brighter from image to image."""
-    Image = pytest.importorskip("PIL.Image")
-    for split in ("train", "val"):
-        for k, name in enumerate(["ant", "bee"]):
-            (root / split / name).mkdir(parents=True)
-            for i in range(per_class):
-                pixels = np.zeros((20 + 7 * i, 31 - 3 * i, 3), np.uint8)
-                pixels[..., k] = 100 + 40 * i
-                pixels[: len(pixels) // 2, :, 2] = 200
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
-def batches(loader, epoch=0, start_batch=0):
-    loader.set_epoch(epoch, start_batch)
-    return [(x.clone(), target.clone()) for x, target in loader]
-
-
-def same(a, b):
-    return len(a) == len(b) and all(torch.equal(s, t) for p, q in zip(a, b) for s, t in zip(p, q))
 
 
 def memory_loader(size=23, batch_size=5, **options):
@@ -345,93 +302,3 @@ def test_unknown_spec_lists_the_forms(spec):
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_data("fake", **({"batch_size": 8} | arguments))
-
-
-def test_folder_reads_classes_in_order(tmp_path):
-    root = write_folder(tmp_path)
-    (root / "train" / ".ipynb_checkpoints").mkdir()
-    data = build_data(f"folder:{root}", 4, image_size=16, workers=0)
-    assert (data.train_size, data.test_size, data.num_classes) == (6, 6, 2)
-    assert (data.in_channels, data.image_size, data.name) == (3, 16, "folder")
-    x, target = (torch.cat(tensors) for tensors in zip(*data.test))
-    assert x.shape == (6, 3, 16, 16) and target.tolist() == [0, 0, 0, 1, 1, 1]
-    mean, std = (torch.tensor(t).view(3, 1, 1) for t in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    pixels = (x * std + mean) * 255
-    for i, label in enumerate(target):
-        torch.testing.assert_close(
-            pixels[i, label], torch.full((16, 16), 100.0 + 40 * (i % 3)), rtol=0, atol=1e-3
-        )
-        assert pixels[i, 2, 0].mean() > 190 and pixels[i, 2, -1].mean() < 10
-
-
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_folder_batches_do_not_depend_on_the_workers(tmp_path, epoch):
-    spec = f"folder:{write_folder(tmp_path)}"
-    loaders = [build_data(spec, 2, seed=1, image_size=8, workers=w).train for w in (0, 2)]
-    whole = batches(loaders[0], epoch)
-    state = torch.get_rng_state()
-    assert len(whole) == 3 and same(whole, batches(loaders[1], epoch))
-    assert same(whole[1:], batches(loaders[1], epoch, 1))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not same(whole, batches(loaders[0], epoch + 1))
-
-
-def test_folder_workers_stop_with_the_last_reference(tmp_path):
-    loader = build_data(f"folder:{write_folder(tmp_path)}", 2, image_size=8, workers=1).train
-    batches(loader)
-    (process,), alive = loader.workers._iterator._workers, weakref.ref(loader)
-    gc.disable()
-    try:
-        del loader
-        assert alive() is None and not process.is_alive()
-    finally:
-        gc.enable()
-
-
-def test_folder_ranks_share_the_epoch_of_a_single_process(tmp_path):
-    spec = f"folder:{write_folder(tmp_path)}"
-    ((x, target),) = batches(build_data(spec, 6, image_size=8, workers=0).train)
-    for rank in range(2):
-        loader = build_data(spec, 3, image_size=8, workers=0, rank=rank, world_size=2).train
-        assert same(batches(loader), [(x[rank::2], target[rank::2])])
-
-
-def test_folder_without_augmentation_shows_the_whole_centre(tmp_path):
-    data = build_data(f"folder:{write_folder(tmp_path)}", 6, augment=False, image_size=8, workers=0)
-    ((x, target),), ((plain, labels),) = data.train, data.train_eval
-    assert {r.numpy().tobytes() for r in x} == {
-        r.numpy().tobytes() for r in plain
-    } and target.sum() == labels.sum()
-
-
-def test_folder_errors_are_named(tmp_path, missing):
-    root = write_folder(tmp_path / "images")
-    with pytest.raises(ValueError, match="image_size=0: expected an integer of at least 1"):
-        build_data(f"folder:{root}", 2, image_size=0)
-    with pytest.raises(ValueError, match="workers=-1: expected an integer of at least 0"):
-        build_data(f"folder:{root}", 2, workers=-1)
-    with pytest.raises(ValueError, match="spec='folder': the data set lies in a folder; expected folder:DIR"):
-        build_data("folder", 2)
-    (root / "val" / "cat").mkdir()
-    (root / "val" / "cat" / "notes.txt").touch()
-    with pytest.raises(
-        FileNotFoundError, match="val has class folders without images: cat; accepted suffixes: .jpeg"
-    ):
-        build_data(f"folder:{root}", 2)
-    (root / "val" / "cat" / "0.JPG").touch()
-    with pytest.raises(ValueError, match="val has the class 'cat', which train lacks"):
-        build_data(f"folder:{root}", 2)
-    shutil.rmtree(root / "val" / "cat")
-    (root / "val" / "bee" / "2.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="2.png: not a readable image"):
-        list(build_data(f"folder:{root}", 2, workers=0).test)
-    (tmp_path / "empty" / "train").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="train holds no <class>/<image> file"):
-        build_data(f"folder:{tmp_path}/empty", 2)
-    with pytest.raises(FileNotFoundError, match="train is missing; expected DIR/train/<class>/\\*.jpg"):
-        build_data(f"folder:{root}/train", 2)
-    missing("PIL")
-    with pytest.raises(
-        ImportError, match=r"spec='folder:DIR': needs Pillow \(pip install qkernels\[train\]\)"
-    ):
-        build_data(f"folder:{root}", 2)

@@ -1,8 +1,12 @@
 """Rows of benchmark results, files of them, and the command line."""
 
-from qkernels import cli
+import pytest
+
+from qkernels import backend, cli
 from qkernels.bench import results
 
+QUICK = ("--threads", "1", "--repeats", "2")
+needs_native = pytest.mark.skipif("cpu" in backend.why_not, reason="the CPU library is not built")
 FIELDS = [
     *("op", "case", "backend", "dtype", "threads", "median_ms", "p20_ms", "p80_ms", "bytes", "gb_per_s"),
     *("copy_fraction", "saved_bytes", "peak_bytes", "parity"),
