@@ -13,6 +13,7 @@ from . import nn as qnn
 from . import noise as noises
 from . import quantizers as q
 from .observe import Statistics, run_first, share_reached
+from .wrapped import check_whole
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class QConfig:
             noise=self.weight_noise or q.WEIGHT_NOISE.get(self.method), count=self.grad_scale_count, **options,
         )  # fmt: skip
         quantizer.to(weight.device)
-        start_weight(quantizer, weight)
+        quantizer.start_on(weight)
         return quantizer
 
     def activation_quantizer(self):
@@ -139,12 +140,6 @@ class QConfig:
             count=self.grad_scale_count,
             **options,
         )
-
-
-def start_weight(quantizer, weight):
-    statistics = Statistics(quantizer.axis)
-    statistics.update(weight)
-    quantizer.start_from(statistics)
 
 
 def quantize_(model, config=None, **settings):
@@ -182,6 +177,8 @@ def quantize_(model, config=None, **settings):
         if id(layer) not in swapped:
             aliases = [alias for alias, other in layers if other is layer]
             swapped[id(layer)] = _quantized(layer, config.of(*aliases, at_end=id(layer) in ends))
+            for quantizer in quantizers(swapped[id(layer)]):
+                quantizer.layer = name
         if name == "":
             model = swapped[id(layer)]
         else:
@@ -240,9 +237,10 @@ def calibrate(model, loader, batches=8, forward=run_first):
     found = quantizers(model)
     if not found:
         raise ValueError("model has no quantizer: call qk.quantize_ first")
+    check_whole(model, "calibrate")
     for _, layer in layers(model):
         if isinstance(layer.weight_quantizer, q.Quantizer):
-            start_weight(layer.weight_quantizer, layer.weight)
+            layer.weight_quantizer.start_on(layer.weight)
     modes = [(m, m.training) for m in model.modules()]
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
@@ -312,6 +310,7 @@ def convert_(model):
     ]
     if not found:
         raise ValueError("model has no quantized layer to convert: call qk.quantize_ first")
+    check_whole(model, "convert_")
     model.eval()
     for _, layer in found:
         integer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
@@ -346,6 +345,7 @@ def summary(model):
 
     Layers with weights that stay in floating point follow below.
     """
+    check_whole(model, "summary")
     rows = [("layer", "kind", "weight", "rows", "weight step", "input", "input step", "backend")]
     for name, layer in layers(model):
         weight, act = layer.weight_quantizer, layer.input_quantizer

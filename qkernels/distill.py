@@ -1,11 +1,14 @@
 """Distillation from a float teacher: the features of every quantized layer (FPQ's CSD), or the logits."""
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import ops
 from .nn import QUANTIZED
+from .wrapped import unwrapped
 
 
 class FeatureDistillation:
@@ -36,7 +39,7 @@ class FeatureDistillation:
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction, self.weight = reduction, weight
         self.teacher = teacher.eval()
-        wanted, given = _unwrapped(student), _unwrapped(teacher)
+        wanted, given = unwrapped(student), unwrapped(teacher)
         if wanted is given:
             raise ValueError("teacher must be another model than student, got the same one")
         self.axes = _layers(wanted, layers)
@@ -46,6 +49,8 @@ class FeatureDistillation:
                 f"teacher must have a module of every layer's name; it lacks {', '.join(missing)}"
             )
         self._asking = False
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # graphs that were compiled before would not call the hooks
         # Nothing is kept of the student's evaluation, nor of what the teacher does for others.
         self._student = _Recorder(wanted, self.axes, lambda model: model.training or torch.is_grad_enabled())
         self._teacher = _Recorder(given, self.axes, lambda model: self._asking)
@@ -147,17 +152,6 @@ class _Recorder:
         for handle in self.handles:
             handle.remove()
         self.outputs = {}
-
-
-def _unwrapped(model):
-    """The user's module inside DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _layers(student, names):

@@ -34,6 +34,13 @@ class _Quantized:
         wrapped.register_forward_pre_hook(_is_called)
         return wrapped
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        """A weight that comes without its step size, of a float model, starts it."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        alone = prefix + "weight" in state_dict and prefix + "weight_quantizer.state" not in state_dict
+        if alone and hasattr(self.weight_quantizer, "start_on") and type(self.weight) is nn.Parameter:
+            self.weight_quantizer.start_on(self.weight)
+
     def quantized_weight(self):
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
 

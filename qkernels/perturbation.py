@@ -8,6 +8,7 @@ import torch
 
 from . import layout, ops, quantizers
 from .reference.perturb import ADAPTIVE, ALONG, ASCEND, ASCEND_SIGN, DRAWN, MAGNITUDE, NORMAL, UNIFORM
+from .wrapped import check_whole
 
 _SIZES = {"gradient": "rho", "adaptive": "rho", "normal": "std", "magnitude": "std", "uniform": "alpha",
           "sign": "alpha", "ascent": "alpha", "direction": "at"}  # fmt: skip
@@ -71,7 +72,8 @@ def perturbed(model, kind="normal", *, params=None, **settings):
     """Inside the block the model's parameters are a perturbed copy; leaving it, also by an exception, restores them.
 
     The parameters' storage is exchanged for the copy's and back, so nothing is rounded and nothing moves. What the
-    block writes into parameters is lost; gradients, buffers and everything else stay.
+    block writes into parameters is lost; gradients, buffers and everything else stay. The backward of what was computed
+    inside belongs inside: behind the block it is a RuntimeError, for the parameters it would use are others.
 
     Args:
         model: nn.Module. params: the parameters to perturb; default all that learn, except quantizers' own (step
@@ -82,6 +84,7 @@ def perturbed(model, kind="normal", *, params=None, **settings):
     """
     if "num" in settings:
         raise ValueError(f"perturbed puts one copy into the model, got num={settings['num']!r}")
+    check_whole(model, "perturbed")
     if params is None:
         params = weights(model)
         if kind in _WITH_GRADIENT and settings.get("grads") is None:
@@ -97,15 +100,21 @@ def perturbed(model, kind="normal", *, params=None, **settings):
 
 @contextlib.contextmanager
 def swapped(params, tensors):
-    """Inside the block ``params[i].data`` is ``tensors[i]``. Nothing is copied, so the way back is exact."""
+    """Inside the block ``params[i].data`` is ``tensors[i]``. Nothing is copied, so the way back is exact.
+
+    The versions tell autograd, whose graphs hold parameters themselves: one made inside is of no use behind the block,
+    one made before it is.
+    """
     originals = [w.data for w in params]
-    try:
-        for w, t in zip(params, tensors, strict=True):
-            w.data = t
-        yield
-    finally:
-        for w, t in zip(params, originals):
-            w.data = t
+    with torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+        try:
+            for w, t in zip(params, tensors, strict=True):
+                w.data = t
+            torch.autograd.graph.increment_version(params)
+            yield
+        finally:
+            for w, t in zip(params, originals):
+                w.data = t
 
 
 def weights(model):

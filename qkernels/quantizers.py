@@ -5,6 +5,7 @@ first training batch), agreed between processes.
 """
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class Quantizer(nn.Module):
             "features" (elements that share a scale, without the batch) or "numel" (all elements).
 
     ``shift`` and ``shift_scale``: the next outputs are y + shift_scale * shift (SAQ's perturbation of Q(w)).
+    ``listeners`` are called with every output. Attributes and not hooks, for compiled graphs look at these again.
     """
 
     learned: tuple[str, ...] = ()  # names of the parameters
@@ -41,11 +43,12 @@ class Quantizer(nn.Module):
         self.data_decides = self.signed is None
         for name in self.learned:
             self.register_parameter(name, nn.Parameter(torch.ones(rows)))
-        # 0: not started; 1: unsigned; 2: signed. A tensor, so that checkpoints carry it.
-        self.register_buffer("state", torch.zeros(1, dtype=torch.uint8))
+        # 0: not started; else 4 * bits + 1 (unsigned) or 2 (signed). A tensor, so that checkpoints carry it; not of
+        # integers, which averages of models cut off.
+        self.register_buffer("state", torch.zeros(1))
         self.started, self.statistics = False, None
-        self.seeds, self.stream = None, 0
-        self.shift, self.shift_scale = None, None
+        self.seeds, self.stream, self.layer = None, 0, ""
+        self.shift, self.shift_scale, self.listeners = None, None, []
 
     def bounds(self):
         """(quant_min, quant_max) of the grid."""
@@ -83,13 +86,23 @@ class Quantizer(nn.Module):
             self._start_from_batch(x)
         x = self.prepare(x)
         quant_min, quant_max = self.bounds()
-        return ops.fake_quantize(
+        noise, shift = self._noise(x), {}
+        if self.shift is not None:
+            shift = {"shift": self.shift, "shift_scale": self.shift_scale}
+        y = ops.fake_quantize(
             x, axis=self.axis, quant_min=quant_min, quant_max=quant_max, grad_scale=self.grad_scale(x),
-            shift=self.shift, shift_scale=self.shift_scale, **self._noise(x), **self.grid(), **self.estimator(),
+            **(noise or shift), **self.grid(), **self.estimator(),
         )  # fmt: skip
+        if noise and shift:  # the pass has room for one addition
+            y = y + self.shift_scale.to(y.dtype) * self.shift
+        for listener in self.listeners:
+            listener(y)
+        return y
 
     def integers(self, x):
         """The stored levels of x with the grid's numbers: dequantize(**) of them equals the evaluation output."""
+        if not self.started:
+            self._start_from_batch(x)
         quant_min, quant_max = self.bounds()
         grid = {
             name: value.detach() if isinstance(value, torch.Tensor) else value
@@ -104,21 +117,37 @@ class Quantizer(nn.Module):
         if self.data_decides:
             self.signed = bool((statistics.minimum < 0).any())
         self.start(statistics)
-        self.state.fill_(2 if self.signed else 1)
+        self.state.fill_(4 * self.bits + (2 if self.signed else 1))
         self.started = True
 
+    def start_on(self, x):
+        """Start from x: a weight, or what the processes agree on for their parts of a batch."""
+        statistics = Statistics(self.axis)
+        statistics.update(x.detach())
+        self.start_from(statistics if self.role == "weight" else statistics.agreed())
+
     def _start_from_batch(self, x):
+        if torch.compiler.is_compiling():
+            # Without fullgraph this part runs uncompiled; with it the reason is shown.
+            torch._dynamo.graph_break(
+                "a quantizer has no step size yet: call qk.calibrate(model, loader) first"
+            )
         self._adopt()
         if self.started:
             return
-        if not self.training:
+        if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
             raise RuntimeError(
-                f"{type(self).__name__} has no step size yet: call qk.calibrate(model, loader), train, or load a "
-                "checkpoint"
+                f"{self._said()} has no step size yet, and what the first batch would set is lost in a sharded model: "
+                "call qk.calibrate(model, loader) before fully_shard"
             )
-        statistics = Statistics(self.axis)
-        statistics.update(x.detach())
-        self.start_from(statistics.agreed())
+        if self.role == "activation" and not self.training:
+            raise RuntimeError(
+                f"{self._said()} has no step size yet: call qk.calibrate(model, loader), train, or load a checkpoint"
+            )
+        self.start_on(x)
+
+    def _said(self):
+        return f"{type(self).__name__} of the {self.role}s" + (f" of {self.layer}" if self.layer else "")
 
     def _noise(self, x):
         if self.noise is None or not self.training:
@@ -135,10 +164,17 @@ class Quantizer(nn.Module):
         """What the buffer says: a checkpoint, or a copy of another model's buffers, sets that alone."""
         if torch.compiler.is_compiling() or self.state.is_meta:
             return
-        state = int(self.state)
-        self.started = state > 0
+        bits, sign = divmod(round(float(self.state)), 4)
+        if sign and bits not in (0, self.bits):  # 0: a checkpoint of before there were bits in it
+            warnings.warn(
+                f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for: they start anew",
+                stacklevel=2,
+            )
+            sign = 0
+            self.state.zero_()
+        self.started = sign > 0
         if self.started:
-            self.signed = state == 2
+            self.signed = sign == 2
 
     def extra_repr(self):
         rows = f", axis={self.axis}, rows={self.rows}" if self.rows > 1 else ""
@@ -207,10 +243,10 @@ class Asymmetric(Quantizer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_buffer("zero_point", torch.zeros(self.rows, dtype=torch.int32))
+        self.register_buffer("zero_point", torch.zeros(self.rows))  # whole numbers; see ``state``
 
     def grid(self):
-        return {"scale": self.scale, "zero_point": self.zero_point}
+        return {"scale": self.scale, "zero_point": self.zero_point.round().to(torch.int32)}
 
     def start(self, statistics):
         low, high = statistics.minimum.clamp(max=0), statistics.maximum.clamp(min=0)
@@ -218,9 +254,7 @@ class Asymmetric(Quantizer):
         self.scale.copy_(_positive((high - low) / top))
         # By the range itself: around zero it is a tie, which the rounding of scale would decide. A NaN range shows in
         # the scale; it has no integer.
-        self.zero_point.copy_(
-            (top * (1 - high / _positive(high - low))).round().clamp(0, top).nan_to_num().to(torch.int32)
-        )
+        self.zero_point.copy_((top * (1 - high / _positive(high - low))).round().clamp(0, top).nan_to_num())
 
 
 class ClipWeight(Quantizer):
@@ -333,12 +367,13 @@ class SeedSource:
 
     ``begin`` and ``end`` are the model's forward hooks; layers that are called outside of its forward draw for
     themselves. The seed is a new int64 tensor each time, drawn from torch's generator, so that torch.manual_seed and
-    checkpoints of the generator reproduce a run. Activation checkpointing inside the model recomputes with the latest
-    seed: each forward needs its backward before the next forward.
+    checkpoints of the generator reproduce a run. Activation checkpointing brings the generator back to where it was,
+    and by that the seed is found again; without (``preserve_rng_state=False``, a compiled part) it is the latest one.
     """
 
     def __init__(self, seed=None):
         self.seed, self.held = seed, seed is not None
+        self.past = {}  # state of the generator -> seed, None where a layer drew its own
 
     def begin(self, module, args):
         self.seed = torch.ops.qkernels.draw_seed(next(module.parameters())) if module.training else None
@@ -348,20 +383,47 @@ class SeedSource:
         self.held = False
 
     def current(self, x):
-        if not self.held and not (self.seed is not None and _may_recompute()):
+        # A compiler cannot tell what is computed again, so compiled parts keep the seed of the model's last forward.
+        compiling = torch.compiler.is_compiling()
+        again = compiling or torch._C._current_graph_task_id() >= 0  # autograd runs
+        if again and not compiling and (place := _generator_state(x.device)) in self.past:
+            seed = self.past[place]
+            return torch.ops.qkernels.draw_seed(x) if seed is None else seed
+        own = not self.held and not (again and self.seed is not None)
+        if not again and _may_be_checkpointed():
+            self._remember(_generator_state(x.device), x, own)
+        if own:
             self.seed = None
             return torch.ops.qkernels.draw_seed(x)
+        return self._shared(x)
+
+    def _shared(self, x):
         if self.seed is None or self.seed.device != x.device:
             self.seed = torch.ops.qkernels.draw_seed(x)
         return self.seed
 
+    def _remember(self, place, x, own):
+        if len(self.past) >= _PLACES:
+            del self.past[next(iter(self.past))]
+        self.past[place] = None if own else self._shared(x)
 
-def _may_recompute():
-    """Whether autograd runs: what is computed now is computed again, for activation checkpointing.
 
-    A compiler cannot tell, so compiled parts keep the seed of the model's last forward.
-    """
-    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() >= 0
+_PLACES = 4096
+
+
+def _may_be_checkpointed():
+    """Whether what is computed now may be computed again in backward: its tensors are not kept, or not by autograd."""
+    return (
+        not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
+def _generator_state(device):
+    """The state of torch's generator for a device, as a number or numbers."""
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index]
+        return generator.initial_seed(), generator.get_offset()
+    return hash(torch.default_generator.get_state().numpy().tobytes())
 
 
 def _positive(scale):

@@ -187,7 +187,9 @@ def test_errors():
         qk.calibrate(quantized(), inputs(), batches=0)
     with pytest.raises(TypeError, match="loader must give tensors or .*got dict"):
         qk.calibrate(quantized(), [{"x": inputs()[0]}])
-    with pytest.raises(RuntimeError, match="LSQ has no step size yet: call qk.calibrate"):
+    with pytest.raises(
+        RuntimeError, match="LSQ of the activations of 0 has no step size yet: call qk.calibrate"
+    ):
         quantized().eval()(inputs(1)[0])
 
 

@@ -330,3 +330,68 @@ def test_a_quantized_layer_put_into_torchs_encoder_by_hand():
     with torch.no_grad():
         encoder(torch.randn(2, 3, 8))
     assert calls == [1]
+
+
+def test_weights_loaded_after_quantize_start_their_steps():
+    torch.manual_seed(5)
+    source = Net()
+    with torch.no_grad():
+        for p in source.parameters():
+            p.mul_(0.1)
+    model, other = qk.quantize_(Net()), qk.quantize_(copy.deepcopy(source))
+    model.load_state_dict(source.state_dict(), strict=False)
+    for (_, layer), (_, wanted) in zip(convert.layers(model), convert.layers(other), strict=True):
+        assert torch.equal(layer.weight_quantizer.scale, wanted.weight_quantizer.scale)
+    trained = calibrated()
+    with torch.no_grad():
+        trained.stem.weight_quantizer.scale.mul_(1.5)
+    model.load_state_dict(trained.state_dict())
+    assert torch.equal(model.stem.weight_quantizer.scale, trained.stem.weight_quantizer.scale)
+
+
+@pytest.mark.parametrize("method", ["lsq", "asymmetric"])
+def test_a_checkpoint_of_other_bits_starts_anew(method):
+    saved = calibrated(method=method, weight_bits=8, act_bits=8).state_dict()
+    model = qk.quantize_(Net(), method=method, weight_bits=4, act_bits=4)
+    with pytest.warns(
+        UserWarning, match="step sizes of 8 bit were loaded where 4 bit are asked for: they start anew"
+    ):
+        model.load_state_dict(saved)
+    with pytest.raises(
+        RuntimeError, match="LSQ|Asymmetric of the activations of body.0 has no step size yet"
+    ):
+        model.eval()(batch())
+    model.train()(batch())
+    wanted = calibrated(method=method, weight_bits=4, act_bits=4)
+    for name in ("stem", "body.0", "head"):
+        layer, like = model.get_submodule(name), wanted.get_submodule(name)
+        assert torch.equal(layer.weight_quantizer.scale, like.weight_quantizer.scale), name
+    old = {name: (t - 32 if name == "stem.weight_quantizer.state" else t) for name, t in saved.items()}
+    same = qk.quantize_(Net(), method=method, weight_bits=8, act_bits=8)
+    same.load_state_dict(old)
+    assert same.stem.weight_quantizer.started, "a checkpoint that does not say its bits"
+
+
+def test_averages_of_buffers_leave_the_grid():
+    """An average of whole numbers is off by a rounding; integers would be cut off."""
+    model = calibrated(method="asymmetric").eval()
+    average = torch.optim.swa_utils.AveragedModel(
+        model, avg_fn=lambda average, value, _: 0.9995 * average + (1 - 0.9995) * value, use_buffers=True
+    )
+    for _ in range(20):
+        average.update_parameters(model)
+    for (_, layer), (_, own) in zip(convert.layers(average.module), convert.layers(model), strict=True):
+        for role in ("weight_quantizer", "input_quantizer"):
+            averaged, quantizer = getattr(layer, role), getattr(own, role)
+            assert torch.equal(averaged.grid()["zero_point"], quantizer.grid()["zero_point"])
+            averaged._adopt()
+            assert averaged.started and averaged.signed == quantizer.signed
+
+
+def test_compiling_before_calibration_says_what_to_do():
+    model = qk.quantize_(Net()).train()
+    with pytest.raises(Exception, match="call qk.calibrate"):
+        torch.compile(model, fullgraph=True, backend="eager")(batch())
+    plain = copy.deepcopy(model)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="eager")(batch()), plain(batch()))

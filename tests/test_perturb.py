@@ -368,3 +368,20 @@ def test_the_ops_keep_torchs_contracts():
     torch.library.opcheck(torch.ops.qkernels.multi_perturb.default, args)
     args = (out[:3], params, grads, None, 0.1, 0.01)
     torch.library.opcheck(torch.ops.qkernels.multi_climb.default, args)
+
+
+def test_backward_belongs_into_the_block():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(3, 4)
+    model(x).square().sum().backward()
+    want = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    before = model(x).square().sum()
+    with qk.perturbed(model, kind="normal", std=0.5):
+        inside, used = model(x).square().sum(), model(x).square().sum()
+        used.backward()
+    assert not torch.allclose(model[0].weight.grad, want[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        inside.backward()
+    model.zero_grad()
+    before.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), want, strict=True))

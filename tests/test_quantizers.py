@@ -132,9 +132,7 @@ def test_asymmetric_weights_follow_equations_4_and_5(bits, axis):
     quantizer = layer.weight_quantizer
     torch.testing.assert_close(quantizer.scale.double(), scale, rtol=1e-6, atol=0)
     assert torch.equal(quantizer.zero_point.double(), (top - high / scale).round())
-    assert quantizer.zero_point.dtype == torch.int32 and "zero_point" not in dict(
-        quantizer.named_parameters()
-    )
+    assert "zero_point" not in dict(quantizer.named_parameters())
     s, z = per_channel(quantizer.scale, axis), per_channel(quantizer.zero_point, axis)
     expected = ((layer.weight / s).round() + z).clamp(0, top).sub(z) * s
     torch.testing.assert_close(layer.eval().quantized_weight(), expected, rtol=1e-12, atol=1e-12)

@@ -218,19 +218,19 @@ def test_a_layer_that_thaws_is_perturbed(listed):
     assert equal(*nets)
 
 
-def test_hooks_go_with_their_optimizer_and_rest_in_copies_of_the_model():
+def test_listeners_go_with_their_optimizer_and_rest_in_copies_of_the_model():
     net = quantized(torch.float32)[0]
     for _ in range(2):
         optimizer = qk.optim.SAQ(net, base_of("sgd", net.parameters()), every=1)
-        assert len(net[1].weight_quantizer._forward_hooks) == 1
+        assert len(net[1].weight_quantizer.listeners) == 1
     train(net, optimizer, batches(1))
     twin = copy.deepcopy(net)
     F.cross_entropy(twin(batches(1)[0][0]), batches(1)[0][1]).backward()
-    (capture,) = twin[1].weight_quantizer._forward_hooks.values()
+    (capture,) = twin[1].weight_quantizer.listeners
     assert capture.gradient is None and not capture.on
     del optimizer, capture
     gc.collect()
-    assert not net[1].weight_quantizer._forward_hooks
+    assert not net[1].weight_quantizer.listeners
 
 
 def test_a_base_whose_step_takes_nothing():
@@ -321,3 +321,22 @@ def test_bad_use_is_refused_before_anything_is_written():
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     quiet = qk.optim.SAQ(net, base, case=2, every=1)
     assert train(net, quiet, batches(1)) == 2
+
+
+@pytest.mark.parametrize(
+    "case, method", [(3, "lsq"), (1, "lsq"), (3, "noise_tempering"), (1, "noise_tempering")]
+)
+def test_saq_on_a_model_that_was_compiled_before(case, method):
+    """Its graphs look again at what SAQ gives the quantizers."""
+    results = []
+    for compiled in (False, True):
+        net = qk.quantize_(network(norm=False), method=method, weight_bits=3, act_bits=None)
+        model = torch.compile(net, backend="aot_eager") if compiled else net
+        (x, y), *data = batches(4)
+        F.cross_entropy(model(x), y).backward()
+        optimizer = qk.optim.SAQ(model, base_of("sgd", net.parameters()), rho=0.5, case=case, every=1)
+        torch.manual_seed(0)
+        train(model, optimizer, data)
+        results.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -107,3 +107,36 @@ def test_checkpointing_recomputes_the_same_noise(outer):
     replayed = copy.deepcopy(plain)
     for a, b in zip(gradients(plain, False), gradients(replayed, True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+class Dropped(nn.Module):
+    """Two parts, each under activation checkpointing where asked, and dropout in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.Linear(8, 8))
+        self.b = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.reentrant = None
+
+    def forward(self, x):
+        for part in (self.a, self.b):
+            x = part(x) if self.reentrant is None else checkpoint(part, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("noise", [qk.noise.Tempering(), qk.noise.Pseudo()])
+def test_checkpointing_finds_the_seed_of_its_own_forward(reentrant, noise):
+    """Two forwards before one backward."""
+    model = qk.quantize_(Dropped(), weight_noise=noise, act_noise=qk.noise.FeaturePerturbation(p=1.0))
+    x = [torch.randn(6, 8, requires_grad=True) for _ in range(2)]
+    qk.calibrate(model, x).train()
+    found = []
+    for model.reentrant in (None, reentrant):
+        torch.manual_seed(4)
+        total = sum(model(part).square().mean() for part in x) + model.b(x[0]).square().mean()
+        model.zero_grad()
+        total.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

@@ -3,25 +3,9 @@
 import torch
 
 from .. import backend, ops
+from ..wrapped import groups, local, whole
 
-_WHOLE = {torch.Tensor, torch.nn.Parameter}
-
-
-def whole(tensors):
-    """Whether all tensors are this process's alone."""
-    return set(map(type, tensors)) <= _WHOLE or all(local(t) is t for t in tensors)
-
-
-def local(t):
-    """This process's part of a sharded tensor (DTensor), else the tensor itself."""
-    return t if type(t) in _WHOLE or not hasattr(t, "to_local") else t.to_local()
-
-
-def groups(t):
-    """The process groups over which a tensor's parts are spread; empty for a whole tensor."""
-    if local(t) is t:
-        return []
-    return [t.device_mesh.get_group(i) for i, place in enumerate(t.placements) if place.is_shard()]
+__all__ = ["combine_", "dot", "groups", "local", "mean_", "norm", "ratio", "whole"]
 
 
 def norm(tensors, weights=None, eta=0.0):

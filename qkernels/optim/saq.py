@@ -58,8 +58,8 @@ class SAQ(SAM):
             # Of frozen layers as well, which may learn later.
             self._captures = {layer: _Capture() for layer in self._quantized(frozen=True)}
             for layer, capture in self._captures.items():
-                handle = layer.weight_quantizer.register_forward_hook(capture)
-                weakref.finalize(self, handle.remove)
+                layer.weight_quantizer.listeners.append(capture)
+                weakref.finalize(self, _unsubscribe, weakref.ref(layer.weight_quantizer), capture)
         self._ready()
 
     def _quantized(self, frozen=False):
@@ -112,18 +112,18 @@ class SAQ(SAM):
 
     def _shift(self, quantizer, gradient, size):
         """The quantizer adds size * gradient to its output until ``restore``."""
-        if quantizer.noise is not None and quantizer.training:
-            # The quantizer's pass has room for one addition, and the noise takes it.
-            hook = quantizer.register_forward_hook(lambda module, args, y: y + size.to(y.dtype) * gradient)
-            self._undo.callback(hook.remove)
-            return
         quantizer.shift, quantizer.shift_scale = gradient, size
         self._undo.callback(setattr, quantizer, "shift", None)
         self._undo.callback(setattr, quantizer, "shift_scale", None)
 
 
+def _unsubscribe(quantizer, capture):
+    if quantizer() is not None and capture in quantizer().listeners:
+        quantizer().listeners.remove(capture)
+
+
 class _Capture:
-    """A forward hook that sums the gradients of a quantizer's outputs, over all backwards of a pass."""
+    """A listener that sums the gradients of a quantizer's outputs, over all backwards of a pass."""
 
     def __init__(self):
         self.on, self.gradient = False, None
@@ -131,7 +131,7 @@ class _Capture:
     def __reduce__(self):
         return _Capture, ()  # a copy of the model has no optimizer that would read or empty it: off for ever
 
-    def __call__(self, module, args, y):
+    def __call__(self, y):
         if self.on and y.requires_grad:
             y.register_hook(self.add)
 
