@@ -10,6 +10,8 @@ from pathlib import Path
 def whole(path):
     """A path to write to, of the same suffix; at the end of the context that file takes the place of `path`."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, where a file is to be written")
     part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield part
@@ -25,6 +27,10 @@ def write_text(path, text):
         part.write_text(text)
 
 
-def write_json(path, value):
+def json_text(value):
     """ValueError for a NaN or an infinity, which JSON lacks."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def write_json(path, value):
+    write_text(path, json_text(value))

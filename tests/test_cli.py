@@ -89,6 +89,10 @@ def test_python_dash_m():
             ["train", "--out", "{tmp}/x", "--recipe", "float", "--threads", "0"],
             "--threads: 0 is not a number",
         ),
+        (
+            ["train", "--out", "{tmp}/x", "--image-size", "64"],
+            "--image-size: is for folder:DIR; the images of digits have their own size",
+        ),
         (["train", "--out", "/dev/null", "--recipe", "float"], "--out: /dev/null is not a folder"),
         (
             ["tables", "nt-noise", "--out", "{tmp}/x", "--threads", "0"],

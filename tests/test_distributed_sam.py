@@ -138,11 +138,28 @@ def check(kind, name, rank):
     assert torch.allclose(mine, expected, rtol=1e-6, atol=1e-8), float((mine - expected).abs().max())
 
 
+def refuse_shards():
+    """What needs whole weights says so, on every process; starting step sizes in a forward would be lost."""
+    model, _ = wrapped("fsdp", "saq3")
+    x, calls = torch.randn(4, 6).double(), [qk.summary, qk.convert_, lambda m: qk.calibrate(m, [x])]
+    calls += [lambda m: qk.perturbed(m, std=0.1).__enter__()]
+    calls += [lambda m: qk.sharpness.hessian(m, [(x, torch.zeros(4).long())])]
+    for call in calls:
+        with pytest.raises(ValueError, match="needs whole parameters, got a model of shards"):
+            call(model)
+    for quantizer in qk.convert.quantizers(model):
+        quantizer.state.zero_()
+        quantizer.started = False
+    with pytest.raises(RuntimeError, match="call qk.calibrate.* before fully_shard"):
+        model(x)
+
+
 def process(rank, port):
     """Every case in one pair of processes: starting one takes longer than all of them. Prints a line per case."""
     torch.set_num_threads(1)
     store = torch.distributed.TCPStore("127.0.0.1", port, WORLD, rank == 0)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=WORLD, store=store)
+    refuse_shards()
     for kind, name in CASES:
         try:
             check(kind, name, rank)

@@ -195,3 +195,13 @@ if importlib.util.find_spec("curvlinops"):
             torch.linalg.eigvalsh((matrix + matrix.T) / 2).abs().max().item(), rel=1e-3
         )
         assert abs(found.trace - matrix.trace().item()) <= 3 * found.trace_stderr
+
+
+def test_a_compiled_model_is_measured_as_it_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    data = [(torch.randn(8, 4), torch.randint(0, 3, (8,)))]
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(data[0][0])
+    found, want = (sharpness.hessian(m, data, top=2, trace_samples=2) for m in (compiled, model))
+    assert found.eigenvalues == want.eigenvalues and found.trace == want.trace

@@ -161,6 +161,30 @@ def test_generalization_under_corruption(run_dir):
         sharpness.generalization(model, data, ("fog",), (6,))
 
 
+@pytest.mark.parametrize(
+    "shape, target", [((6, 4, 5, 5), (6, 5, 5)), ((6, 7, 4), (6, 7)), ((6, 4), (6,)), ((6, 3), None)]
+)
+def test_accuracy_of_outputs_of_any_shape(shape, target):
+    """Classes lie in axis 1, or in the last; a regression has none."""
+    out = torch.randn(shape)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Linear(1, 1)
+            self.scale.weight.data.fill_(1.0)
+
+        def forward(self, x):
+            return out * self.scale.weight.reshape(())
+
+    axis = 1 if target is None or len(target) != 2 else 2
+    y = torch.randn(shape) if target is None else torch.randint(0, 4, target)
+    loss = F.mse_loss if target is None else lambda o, t: F.cross_entropy(o.movedim(axis, 1), t)
+    found = sharpness.landscape(Net(), [(torch.zeros(6, 1), y)], loss, size=1, dimensions=1)
+    want = None if target is None else (out.argmax(axis) == y).float().mean().item()
+    assert found.accuracy[0] == (want if want is None else pytest.approx(want))
+
+
 def test_layer_table(run_dir):
     model, _, _ = load_run(run_dir)
     rows = sharpness.layer_table(model)

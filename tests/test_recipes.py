@@ -52,6 +52,7 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
         ({"epochs": 0}, "epochs: 0 is not a number of at least 1"),
         ({"float_epochs": -1}, "float_epochs: -1 is not a number of at least 0"),
         ({"calibration_batches": 0}, "calibration_batches: 0 is not a number of at least 1"),
+        ({"weight_bits": 99}, "weight_bits: 99 is not 2 to 8, or 32 for floating point"),
         ({"calibration_images": -1}, "calibration_images: -1 is not a number of at least 0"),
         ({"bn_reestimate": -1}, "bn_reestimate: -1 is not a number of at least 0"),
         ({"clip_grad_norm": -1.0}, "clip_grad_norm: -1.0 is not a number of at least 0"),
@@ -74,6 +75,13 @@ def test_a_recipe_is_defaults_then_file_then_data_then_flags(tmp_path):
 def test_bad_settings_are_named(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("lsq", "digits", overrides)
+
+
+@pytest.mark.parametrize("key", ["weight_bits", "act_bits"])
+def test_bits_of_a_float_recipe_are_refused(key):
+    with pytest.raises(ValueError, match=f"{key}: 4, but recipe float trains in floating point"):
+        load_recipe("float", "digits", {key: 4})
+    assert load_recipe("float", "digits", {key: 32})[key] == 32
 
 
 @pytest.mark.parametrize("images, processes, seen", [(0, 1, 96), (40, 1, 40), (40, 3, 14), (200, 1, 96)])

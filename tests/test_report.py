@@ -279,6 +279,8 @@ def test_the_command(tmp_path, capsys):
     )
     assert f"report: {tmp_path / 'r.html'}" in capsys.readouterr().out
     assert Page(tmp_path / "r.html").headings[0] == "Mine"
+    assert cli.main(["report", str(tmp_path / "a"), "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder, where a file is to be written" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "x.html")]) == 2
     assert "absent does not exist" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
 

@@ -277,11 +277,19 @@ def test_report_is_written_read_shown_and_continued(trained, tmp_path, monkeypat
     assert report.searches == expected.searches
     read = sharpness.Report.from_json(path)
     assert read == report
-    assert "sharpness_mag_orig" in str(read)
+    assert "sharpness_mag_orig" in str(read) and report.to_json() == path.read_text()
     for damaged in ("[]", path.read_text()[:50]):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="path must be the Report of a to_json"):
             sharpness.Report.from_json(path)
+
+
+def test_other_outputs_than_logits_are_named():
+    model = nn.Conv2d(1, 3, 1)
+    with pytest.raises(
+        ValueError, match=r"logits \(N, classes\), and integer labels \(N,\); got \(4, 3, 2, 2\) and"
+    ):
+        sharpness.measure(model, [(torch.randn(4, 1, 2, 2), torch.zeros(4, 2, 2).long())], model, samples=1)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from .. import files
 class Saved:
     """A dataclass that is written as JSON and read back."""
 
-    def to_json(self, path):
-        """Write it, atomically. Returns the path."""
+    def to_json(self, path=None):
+        """Write it, atomically, and return the path; without a path return the text."""
+        if path is None:
+            return files.json_text(_finite(asdict(self)))
         write_json(path, asdict(self))
         return path
 

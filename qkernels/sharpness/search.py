@@ -46,6 +46,11 @@ class Scores:
         parts = {"accuracy": [], "loss": []}
         for _, x, target in data.samples():
             logits = copies.logits(x)
+            if logits.dim() != 3 or target.dim() != 1 or target.is_floating_point():
+                raise ValueError(
+                    "measure takes networks that return logits (N, classes), and integer labels (N,); got "
+                    f"{tuple(logits.shape[1:])} and {target.dtype} {tuple(target.shape)}"
+                )
             for name, found in parts.items():
                 found.append(_scores(name, logits, target)[0])
         right, loss = (torch.cat(found) for found in parts.values())

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import nn as qnn
 from ..candidates import left_in_float
 from ..convert import quantizers
+from ..wrapped import check_whole, unwrapped
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 
@@ -36,6 +37,7 @@ class Subject:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         check_choice("weights", weights, ("latent", "quantized"))
         check_choice("parameters", parameters, ("weights", "all"))
+        check_whole(model, "a measure")
         self.weights, self.parameters = weights, parameters
         self.model = _shadow(model)
         quantizer_of = {}
@@ -108,7 +110,7 @@ def initial_values(model, state, subject):
     """
     if state is None:
         raise ValueError("initial must be the state dict at initialisation (or a module), got None")
-    state = state.state_dict() if isinstance(state, nn.Module) else dict(state)
+    state = unwrapped(state).state_dict() if isinstance(state, nn.Module) else dict(state)
     for name, value in zip(subject.names, subject.values, strict=True):
         shape = tuple(state[name].shape) if name in state else None
         if shape != tuple(value.shape):
@@ -117,13 +119,11 @@ def initial_values(model, state, subject):
     for p in start.parameters():
         p.data = p.data.clone()
     own = start.state_dict()
-    start.load_state_dict(
-        {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False
-    )
+    start.load_state_dict(own | {k: v for k, v in state.items() if k in own and v.shape == own[k].shape})
     values = Subject(start, subject.weights, subject.parameters).values
     frozen = {
         f"{name}.weight"
-        for name, m in model.named_modules()
+        for name, m in unwrapped(model).named_modules()
         if isinstance(getattr(m, "weight_quantizer", None), qnn.IntegerWeight)
     }
     return [
@@ -200,7 +200,7 @@ def _warn_of_others(model):
 
 def _shadow(model):
     """The model's structure, its parameters' storage (as constants), buffers of its own; in evaluation mode."""
-    memo = {}
+    model, memo = unwrapped(model), {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, torch.Tensor):

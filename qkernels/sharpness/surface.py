@@ -20,7 +20,7 @@ _WRITE_EVERY = 2.0  # seconds
 
 @dataclass
 class Landscape(Drawn):
-    """Loss and accuracy on a grid with coordinates at; 2-D: loss[i][j] at (at[i], at[j]); None: not finite.
+    """Loss and accuracy on a grid with coordinates at; 2-D: loss[i][j] at (at[i], at[j]); None: not finite, no labels.
 
     Drawn as contours and surface of the loss (2-D; losses above ten times the range's lower half are cut), or as
     loss and accuracy (1-D).
@@ -114,10 +114,18 @@ def _evaluate(copies, data, criterion):
         logits = copies.logits(x)
         share = len(target) / data.size
         loss = loss + torch.stack([criterion(y, target) for y in logits]).double() * share
-        labels = not target.is_floating_point()
-        right = logits.argmax(-1) == target if labels else torch.zeros_like(logits[..., 0])
-        correct = correct + right.double().flatten(1).mean(1) * share
+        correct = correct + _accuracy(logits, target) * share
     return [list(point) for point in zip(loss.tolist(), correct.tolist(), strict=True)]
+
+
+def _accuracy(logits, target):
+    """Of each copy; NaN where the target is no class. Classes lie in axis 1, as for cross-entropy, or in the last."""
+    if not target.is_floating_point():
+        for axis in (2, logits.dim() - 1):
+            shape = logits.shape[1:axis] + logits.shape[axis + 1 :] if logits.dim() > axis else None
+            if shape == target.shape:
+                return (logits.argmax(axis) == target).double().flatten(1).mean(1)
+    return logits.new_full((len(logits),), math.nan, dtype=torch.float64)
 
 
 def _continued(out, settings):
@@ -161,6 +169,8 @@ def _plot_line(found, figure):
     loss = [math.nan if v is None else v for v in found.loss]
     axes.plot(found.at, loss, color="tab:blue")
     axes.set(xlabel="distance along the direction", ylabel="loss")
+    if None in found.accuracy:
+        return
     right = axes.twinx()
     right.plot(found.at, found.accuracy, color="tab:red", linestyle="--")
     right.set_ylabel("accuracy (dashed)", color="tab:red")

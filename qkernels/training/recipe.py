@@ -86,6 +86,11 @@ def load_recipe(name, data="", overrides=None):
     for key in ("distill", "sharpness"):
         if settings[key].get("kind") == "none":
             settings[key] = {}
+    for key in ("weight_bits", "act_bits"):
+        if not settings["method"] and (overrides or {}).get(key, 32) != 32:
+            raise ValueError(
+                f"{key}: {overrides[key]!r}, but recipe {name} trains in floating point (it has no method)"
+            )
     if settings["weight_bits"] == settings["act_bits"] == 32:
         settings["method"], settings["distill"] = "", {}
         if settings["sharpness"].get("kind") == "saq":
@@ -153,6 +158,9 @@ def _check(settings):
     for key, least in LEAST.items():
         if settings[key] < least:
             raise ValueError(f"{key}: {settings[key]} is not a number of at least {least}")
+    for key in ("weight_bits", "act_bits"):
+        if 8 < settings[key] != 32:
+            raise ValueError(f"{key}: {settings[key]} is not 2 to 8, or 32 for floating point")
     for key, value in settings.items():
         _check_finite(key, value)
     for key, choices in CHOICES.items():

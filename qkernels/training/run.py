@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import random
 import shlex
 import signal
@@ -79,7 +80,11 @@ def add_arguments(parser):
     machine.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     machine.add_argument(
-        "--workers", type=int, default=4, metavar="N", help="image loading processes (folder:DIR)"
+        "--workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="image loading processes (folder:DIR; default: one a core, at most 4)",
     )
     machine.add_argument(
         "--deterministic", action="store_true", help="deterministic cuDNN: exact repeats on a GPU too"
@@ -108,6 +113,10 @@ def main(args):
         check_unchanged(config, given, overrides, args.out)
     else:
         config = make_config(**given, **overrides)
+        if args.image_size is not None and not config["data"].startswith("folder:"):
+            raise ValueError(
+                f"--image-size: is for folder:DIR; the images of {config['data']} have their own size"
+            )
     names = ("resume", "device", "threads", "workers", "deterministic", "tensorboard", "keep_best", "quiet")
     try:
         result = train(config, args.out, **{name: getattr(args, name) for name in names})
