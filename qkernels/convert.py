@@ -13,6 +13,7 @@ from . import nn as qnn
 from . import noise as noises
 from . import quantizers as q
 from .observe import Statistics, run_first, share_reached
+from .seeds import SeedSource
 from .wrapped import check_whole
 
 
@@ -24,7 +25,8 @@ class QConfig:
         method: "lsq" "lsq+" "asymmetric" "saq" "pact" "dorefa" "noise_tempering" "diffq" "ewgs".
         weight_bits, act_bits: 2 to 8; None leaves weights or activations in floating point.
         weight_axis: 0 per output channel, None per tensor.
-        first_last_bits: bits of weights and activations of the first and last layer; None: as the others.
+        first_last_bits: bits of weights and activations of the first and last layer, in the order in which the model
+            holds them (``model.named_modules()``); None: as the others.
         act_signed: None decides per layer from the data. act_offset: method "saq" learns an offset for each layer's
             activations, as "lsq+" always does. exclude: names of modules (and all below) left alone.
         grad_scale_count: N of LSQ's gradient scale, "features" (paper) or "numel" (most public code).
@@ -172,7 +174,7 @@ def quantize_(model, config=None, **settings):
             raise ValueError(f"overrides names no layer that would be quantized: {key!r}")
     order = list(dict.fromkeys(id(layer) for _, layer in layers))
     ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
-    seeds, swapped = q.SeedSource(), {}
+    seeds, swapped = SeedSource(), {}
     for name, layer in layers:
         if id(layer) not in swapped:
             aliases = [alias for alias, other in layers if other is layer]

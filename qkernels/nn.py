@@ -92,7 +92,10 @@ class QuantConvTranspose2d(_Quantized, nn.ConvTranspose2d):
 
 
 class QuantEmbedding(_Quantized, nn.Embedding):
-    """nn.Embedding with a quantized table; the indices are not quantized."""
+    """nn.Embedding with a quantized table; the indices are not quantized.
+
+    Grids without zero (methods saq, pact, dorefa) move a padding row of zeros too.
+    """
 
     def forward(self, x):
         return F.embedding(

@@ -13,8 +13,9 @@ from ..convert import param_groups, quantizers
 from ..noise import FeaturePerturbation
 from ..optim import SAM, SAQ, lists
 from ..perturbation import weights as learned_weights
-from ..quantizers import Quantizer, SeedSource
+from ..quantizers import Quantizer
 from ..random import normal
+from ..seeds import SeedSource
 from ..training import build, checkpoint, distributed
 from ..training import run as training
 from ..training.engine import Trainer

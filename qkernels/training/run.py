@@ -19,7 +19,7 @@ from .config import RUN, check_unchanged, float_config, make_config, read_config
 from .data import build_data
 from .engine import Diverged, Interrupt, Trainer, lr_schedule
 from .log import RunLog, read_json, read_log, say, summary_writer
-from .recipe import SETTINGS, available_recipes, parse_assignment
+from .recipe import CHOICES, SETTINGS, available_recipes, parse_assignment
 
 FLAGS = (
     "weight_bits",
@@ -72,7 +72,8 @@ def add_arguments(parser):
         if kind is bool:
             settings.add_argument(flag, action=argparse.BooleanOptionalAction)
         else:
-            settings.add_argument(flag, type=kind, metavar=kind.__name__.upper())
+            accepted = ", ".join(CHOICES[name]) if name in CHOICES else None
+            settings.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=accepted)
     settings.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any other, or table.key=value"
     )
