@@ -1,147 +1,18 @@
 """A float model into a quantized one and on to integers."""
 
 import warnings
-from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import nn
 
 from . import backend, candidates
 from . import nn as qnn
-from . import noise as noises
 from . import quantizers as q
 from .observe import Statistics, run_first, share_reached
+from .qconfig import QConfig
 from .seeds import SeedSource
 from .wrapped import check_whole
-
-
-@dataclass(frozen=True)
-class QConfig:
-    """How a model is quantized.
-
-    Args:
-        method: "lsq" "lsq+" "asymmetric" "saq" "pact" "dorefa" "noise_tempering" "diffq" "ewgs".
-        weight_bits, act_bits: 2 to 8; None leaves weights or activations in floating point.
-        weight_axis: 0 per output channel, None per tensor.
-        first_last_bits: bits of weights and activations of the first and last layer, in the order in which the model
-            holds them (``model.named_modules()``); None: as the others.
-        act_signed: None decides per layer from the data. act_offset: method "saq" learns an offset for each layer's
-            activations, as "lsq+" always does. exclude: names of modules (and all below) left alone.
-        grad_scale_count: N of LSQ's gradient scale, "features" (paper) or "numel" (most public code).
-        weight_norm: "detach", "full" or "none", SAQ's standardisation of convolution weights.
-        weight_noise, act_noise: one of qk.noise; the method's own where it has one ("noise_tempering", "diffq").
-        ewgs_delta: of method "ewgs".
-        overrides: settings of single layers (mixed precision), {"layer4": {"weight_bits": 8}, ...}: of the module of
-            that name and all below. The longest name counts; bits that are given here go before first_last_bits.
-
-    Raises: ValueError naming the argument and what is accepted.
-    """
-
-    method: str = "lsq"
-    weight_bits: int | None = 4
-    act_bits: int | None = 4
-    weight_axis: int | None = 0
-    first_last_bits: int | None = 8
-    act_signed: bool | None = None
-    act_offset: bool = False
-    exclude: tuple[str, ...] = field(default=())
-    grad_scale_count: str = "features"
-    weight_norm: str = "detach"
-    weight_noise: noises.Noise | None = None
-    act_noise: noises.Noise | None = None
-    ewgs_delta: float = 1e-3
-    overrides: dict[str, dict] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self):
-        if self.method not in q.WEIGHT:
-            raise ValueError(f"method must be one of {', '.join(q.WEIGHT)}; got {self.method!r}")
-        for name in ("weight_bits", "act_bits", "first_last_bits"):
-            bits = getattr(self, name)
-            if isinstance(bits, np.integer):
-                bits = int(bits)
-                object.__setattr__(self, name, bits)
-            if bits is not None and (not isinstance(bits, int) or not 2 <= bits <= 8):
-                raise ValueError(f"{name} must be an int from 2 to 8 or None, got {bits!r}")
-        if self.weight_axis not in (0, None):
-            raise ValueError(
-                f"weight_axis must be 0 (per output channel) or None (per tensor), got {self.weight_axis!r}"
-            )
-        if self.weight_bits is None and self.act_bits is None:
-            raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
-        if self.act_signed not in (True, False, None):
-            raise ValueError(f"act_signed must be True, False or None, got {self.act_signed!r}")
-        if self.act_offset not in (True, False) or (self.act_offset and self.method != "saq"):
-            raise ValueError(
-                f"act_offset must be False, or True for method 'saq'; got {self.act_offset!r} for {self.method!r}"
-            )
-        if isinstance(self.exclude, str):
-            raise ValueError(f"exclude must be a sequence of module names, got {self.exclude!r}")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        for name in ("weight_noise", "act_noise"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, noises.Noise):
-                raise ValueError(f"{name} must be one of qk.noise (Tempering, ...) or None, got {value!r}")
-        if not (isinstance(self.ewgs_delta, (int, float)) and self.ewgs_delta >= 0):
-            raise ValueError(f"ewgs_delta must be a number of at least 0, got {self.ewgs_delta!r}")
-        for name, accepted in (
-            ("grad_scale_count", ("features", "numel")),
-            ("weight_norm", ("detach", "full", "none")),
-        ):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}; got {getattr(self, name)!r}")
-
-        if not isinstance(self.overrides, dict):
-            raise ValueError(
-                f"overrides must be a dict, name of a module -> settings, got {self.overrides!r}"
-            )
-        accepted = {f.name for f in fields(self)} - {"exclude", "overrides", "first_last_bits"}
-        for name, settings in self.overrides.items():
-            if not isinstance(settings, dict) or settings.keys() - accepted:
-                raise ValueError(
-                    f"overrides[{name!r}] must be a dict of {', '.join(sorted(accepted))}; got {settings!r}"
-                )
-            try:
-                self.of(name)
-            except ValueError as error:
-                raise ValueError(f"overrides[{name!r}]: {error}") from None
-
-    def of(self, *names, at_end=False):
-        """The settings of the layer of that name (a shared one: names); ``at_end``: it is the first or the last."""
-        found = (key for key in self.overrides if any(candidates.within(name, key) for name in names))
-        own = max(found, key=len, default=None)
-        ends = [key for key in ("weight_bits", "act_bits") if at_end and getattr(self, key) is not None]
-        settings = {**dict.fromkeys(ends, self.first_last_bits), **self.overrides.get(own, {})}
-        return replace(self, exclude=(), overrides={}, **settings)
-
-    def weight_quantizer(self, layer_type, weight):
-        """The quantizer of one weight, started from it."""
-        axis = None if self.weight_axis is None else qnn.QUANTIZED[layer_type].channel_axis
-        options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
-        if self.method == "saq":
-            conv = layer_type not in (nn.Linear, nn.Embedding)
-            options = {"weight_norm": self.weight_norm if conv else "none"}
-        quantizer = q.WEIGHT[self.method](
-            self.weight_bits, "weight", axis=axis, rows=1 if axis is None else weight.shape[axis],
-            noise=self.weight_noise or q.WEIGHT_NOISE.get(self.method), count=self.grad_scale_count, **options,
-        )  # fmt: skip
-        quantizer.to(weight.device)
-        quantizer.start_on(weight)
-        return quantizer
-
-    def activation_quantizer(self):
-        options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
-        if self.method == "saq":
-            options = {"offset": self.act_offset}
-        return q.ACTIVATION[self.method](
-            self.act_bits,
-            "activation",
-            signed=self.act_signed,
-            noise=self.act_noise,
-            count=self.grad_scale_count,
-            **options,
-        )
 
 
 def quantize_(model, config=None, **settings):

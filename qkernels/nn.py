@@ -1,10 +1,13 @@
 """Quantized layers, drop-in for torch.nn's: same constructor and state dict, and two quantizers beside the weight."""
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from .wrapped import whole
 
 
 def _is_called(module, args):
@@ -35,11 +38,24 @@ class _Quantized:
         return wrapped
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        """A weight that comes without its step size, of a float model, starts it."""
+        """A weight that comes without its quantizer's numbers, of a float model, starts them."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        alone = prefix + "weight" in state_dict and prefix + "weight_quantizer.state" not in state_dict
-        if alone and hasattr(self.weight_quantizer, "start_on") and type(self.weight) is nn.Parameter:
-            self.weight_quantizer.start_on(self.weight)
+        given, own = state_dict.get(prefix + "weight"), self.weight
+        if (
+            given is None
+            or own is None
+            or given.shape != own.shape
+            or not hasattr(self.weight_quantizer, "start_on")
+        ):
+            return
+        if any(name.startswith(prefix + "weight_quantizer.") for name in state_dict):
+            return
+        if not whole([own]):
+            warnings.warn(
+                "float weights in a sharded model: step sizes stay; load before fully_shard", stacklevel=2
+            )
+            return
+        self.weight_quantizer.start_on(own)
 
     def quantized_weight(self):
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)

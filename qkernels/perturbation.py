@@ -1,6 +1,7 @@
 """Perturbed copies of a parameter list, and a model with perturbed parameters for the length of a block."""
 
 import contextlib
+import itertools
 import math
 import numbers
 
@@ -14,6 +15,7 @@ _SIZES = {"gradient": "rho", "adaptive": "rho", "normal": "std", "magnitude": "s
           "sign": "alpha", "ascent": "alpha", "direction": "at"}  # fmt: skip
 _WITH_GRADIENT = ("gradient", "adaptive", "sign", "ascent")
 _BALLS = ("constant", "magnitude")
+_BLOCKS = itertools.count()
 
 
 def perturb(params, kind="normal", *, std=None, rho=None, alpha=None, at=None, num=1, seed=0, grads=None,
@@ -103,14 +105,15 @@ def swapped(params, tensors):
     """Inside the block ``params[i].data`` is ``tensors[i]``. Nothing is copied, so the way back is exact.
 
     The versions tell autograd, whose graphs hold parameters themselves: one made inside is of no use behind the block,
-    one made before it is.
+    one made before it is. Inside they are numbers that no other block has and no steps reach; uint32 holds them.
     """
-    originals = [w.data for w in params]
-    with torch.autograd._unsafe_preserve_version_counter(tuple(params)):
+    originals, params = [w.data for w in params], tuple(params)
+    inside = (1 << 31) + (next(_BLOCKS) % (1 << 20) << 10)
+    with torch.autograd._unsafe_preserve_version_counter(params):
         try:
             for w, t in zip(params, tensors, strict=True):
                 w.data = t
-            torch.autograd.graph.increment_version(params)
+            torch._C._autograd._unsafe_set_version_counter(params, (inside,) * len(params))
             yield
         finally:
             for w, t in zip(params, originals):

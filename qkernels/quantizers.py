@@ -43,9 +43,8 @@ class Quantizer(nn.Module):
         self.data_decides = self.signed is None
         for name in self.learned:
             self.register_parameter(name, nn.Parameter(torch.ones(rows)))
-        # 0: not started; else 4 * bits + 1 (unsigned) or 2 (signed). A tensor, so that checkpoints carry it; not of
-        # integers, which averages of models cut off.
-        self.register_buffer("state", torch.zeros(1))
+        # What _code makes of bits and sign, 0 before the start. A tensor, so that checkpoints carry it.
+        self.register_buffer("state", torch.zeros(1, dtype=torch.uint8))
         self.started, self.statistics = False, None
         self.seeds, self.stream, self.layer = None, 0, ""
         self.shift, self.shift_scale, self.listeners = None, None, []
@@ -117,7 +116,7 @@ class Quantizer(nn.Module):
         if self.data_decides:
             self.signed = bool((statistics.minimum < 0).any())
         self.start(statistics)
-        self.state.fill_(4 * self.bits + (2 if self.signed else 1))
+        self.state.fill_(_code(self.bits, self.signed))
         self.started = True
 
     def start_on(self, x):
@@ -128,7 +127,7 @@ class Quantizer(nn.Module):
 
     def _start_from_batch(self, x):
         if torch.compiler.is_compiling():
-            # Without fullgraph this part runs uncompiled; with it the reason is shown.
+            # What follows looks at data, which breaks the graph; with fullgraph the reason is shown.
             torch._dynamo.graph_break(
                 "a quantizer has no step size yet: call qk.calibrate(model, loader) first"
             )
@@ -162,19 +161,19 @@ class Quantizer(nn.Module):
 
     def _adopt(self):
         """What the buffer says: a checkpoint, or a copy of another model's buffers, sets that alone."""
-        if torch.compiler.is_compiling() or self.state.is_meta:
+        if self.state.is_meta:
             return
-        bits, sign = divmod(round(float(self.state)), 4)
-        if sign and bits not in (0, self.bits):  # 0: a checkpoint of before there were bits in it
+        bits, signed = _decoded(int(self.state))
+        if bits not in (None, self.bits):
             warnings.warn(
                 f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for: they start anew",
                 stacklevel=2,
             )
-            sign = 0
             self.state.zero_()
-        self.started = sign > 0
+            signed = None
+        self.started = signed is not None
         if self.started:
-            self.signed = sign == 2
+            self.signed = signed
 
     def extra_repr(self):
         rows = f", axis={self.axis}, rows={self.rows}" if self.rows > 1 else ""
@@ -236,14 +235,14 @@ class Asymmetric(Quantizer):
     """Learned scale, zero point fixed by calibration. Source: FPQ, eqs. 4 and 5.
 
     scale = (max - min) / quant_max, zero_point = rint(quant_max - max / scale), with 0 always inside of [min, max],
-    so that it is a level (beyond the equations, for zeros are what convolutions pad with).
+    so that it is a level (beyond the equations, for zeros are what convolutions pad with); 0 where all data are 0.
     """
 
     learned, own_sign = ("scale",), False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.register_buffer("zero_point", torch.zeros(self.rows))  # whole numbers; see ``state``
+        self.register_buffer("zero_point", torch.zeros(self.rows))  # whole; averages of integers are cut off
 
     def grid(self):
         return {"scale": self.scale, "zero_point": self.zero_point.round().to(torch.int32)}
@@ -254,7 +253,8 @@ class Asymmetric(Quantizer):
         self.scale.copy_(_positive((high - low) / top))
         # By the range itself: around zero it is a tie, which the rounding of scale would decide. A NaN range shows in
         # the scale; it has no integer.
-        self.zero_point.copy_((top * (1 - high / _positive(high - low))).round().clamp(0, top).nan_to_num())
+        point = (top * (1 - high / _positive(high - low))).round().clamp(0, top).nan_to_num()
+        self.zero_point.copy_(torch.where(high == low, torch.zeros_like(point), point))
 
 
 class ClipWeight(Quantizer):
@@ -360,6 +360,19 @@ class DoReFaActivation(Quantizer):
 
     def start(self, statistics):
         pass
+
+
+def _code(bits, signed):
+    """Three numbers stand for one, so that averages of equal codes, which torch cuts off, stay the same."""
+    return 3 * (4 * bits + (2 if signed else 1)) + 1
+
+
+def _decoded(code):
+    """(bits, signed); bits None in checkpoints that have the sign alone, signed None for anything else."""
+    if code in (1, 2):
+        return None, code == 2
+    bits, sign = divmod(code // 3, 4)
+    return (bits, sign == 2) if 2 <= bits <= 8 and sign in (1, 2) else (None, None)
 
 
 def _positive(scale):

@@ -1,5 +1,7 @@
 """The seed of a step's noise: one draw for a whole model, found again where activation checkpointing computes again."""
 
+import warnings
+
 import torch
 
 
@@ -14,7 +16,8 @@ class SeedSource:
 
     def __init__(self, seed=None):
         self.seed, self.held = seed, seed is not None
-        self.past = {}  # state of the generator -> seed, None where a layer drew its own
+        # State of the generator -> seed, None where one was drawn; and whether some had to go.
+        self.past, self.forgotten = {}, False
 
     def __getstate__(self):
         return {**self.__dict__, "past": {}}
@@ -30,29 +33,35 @@ class SeedSource:
         # A compiler cannot tell what is computed again, so compiled parts keep the seed of the model's last forward.
         compiling = torch.compiler.is_compiling()
         again = compiling or torch._C._current_graph_task_id() >= 0  # autograd runs
-        if again and not compiling and (place := _generator_state(x.device)) in self.past:
-            seed = self.past[place]
-            return torch.ops.qkernels.draw_seed(x) if seed is None else seed
+        if again and not compiling:
+            place = _generator_state(x.device)
+            if place in self.past:
+                seed = self.past[place]
+                return torch.ops.qkernels.draw_seed(x) if seed is None else seed
+            if self.forgotten:
+                warnings.warn(
+                    "noise is computed again long after its forward: its seed is forgotten", stacklevel=2
+                )
         own = not self.held and not (again and self.seed is not None)
+        drawn = own or self.seed is None or self.seed.device != x.device
         if not again and _may_be_checkpointed():
-            self._remember(_generator_state(x.device), x, own)
-        if own:
-            self.seed = None
-            return torch.ops.qkernels.draw_seed(x)
-        return self._shared(x)
+            self._remember(_generator_state(x.device), None if drawn else self.seed)
+        if not drawn:
+            return self.seed
+        seed = torch.ops.qkernels.draw_seed(x)
+        self.seed = None if own else seed
+        return seed
 
-    def _shared(self, x):
-        if self.seed is None or self.seed.device != x.device:
-            self.seed = torch.ops.qkernels.draw_seed(x)
-        return self.seed
-
-    def _remember(self, place, x, own):
-        if len(self.past) >= _PLACES:
+    def _remember(self, place, seed):
+        if place is None:
+            return
+        if len(self.past) >= _PLACES and place not in self.past:
             del self.past[next(iter(self.past))]
-        self.past[place] = None if own else self._shared(x)
+            self.forgotten = True
+        self.past[place] = seed
 
 
-_PLACES = 4096  # that are remembered; a forward has one, and one more for each dropout
+_PLACES = 1 << 14  # that are remembered; a forward has one, and one more for each dropout
 
 
 def _may_be_checkpointed():
@@ -63,8 +72,12 @@ def _may_be_checkpointed():
 
 
 def _generator_state(device):
-    """The state of torch's generator for a device, as a number or numbers."""
+    """The state of torch's generator for a device, as a number or numbers; None where nobody may look."""
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return None
         generator = torch.cuda.default_generators[device.index]
         return generator.initial_seed(), generator.get_offset()
+    if torch._C._len_torch_dispatch_stack() > 0:  # the state would be a tensor of that mode
+        return None
     return hash(torch.default_generator.get_state().numpy().tobytes())

@@ -93,6 +93,10 @@ def test_python_dash_m():
             ["train", "--out", "{tmp}/x", "--image-size", "64"],
             "--image-size: is for folder:DIR; the images of digits have their own size",
         ),
+        (
+            ["train", "--out", "{tmp}/x", "--recipe", "float", "--act-bits", "4"],
+            "act_bits: 4, but recipe float trains in floating point",
+        ),
         (["train", "--out", "/dev/null", "--recipe", "float"], "--out: /dev/null is not a folder"),
         (
             ["tables", "nt-noise", "--out", "{tmp}/x", "--threads", "0"],

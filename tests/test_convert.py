@@ -342,11 +342,34 @@ def test_weights_loaded_after_quantize_start_their_steps():
     model.load_state_dict(source.state_dict(), strict=False)
     for (_, layer), (_, wanted) in zip(convert.layers(model), convert.layers(other), strict=True):
         assert torch.equal(layer.weight_quantizer.scale, wanted.weight_quantizer.scale)
-    trained = calibrated()
+    trained = calibrated(method="asymmetric").eval()
     with torch.no_grad():
         trained.stem.weight_quantizer.scale.mul_(1.5)
-    model.load_state_dict(trained.state_dict())
-    assert torch.equal(model.stem.weight_quantizer.scale, trained.stem.weight_quantizer.scale)
+    for state in (trained.state_dict(), dict(trained.named_parameters())):
+        other = calibrated(method="asymmetric").eval()
+        other.load_state_dict(state, strict=False)
+        assert torch.equal(other(batch()), trained(batch()))
+    other = calibrated()
+    before = other.stem.weight_quantizer.scale.clone()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        other.load_state_dict({"stem.weight": torch.zeros(1)}, strict=False)
+    assert torch.equal(other.stem.weight_quantizer.scale, before)
+
+
+def test_averages_that_copy_integers_start_with_their_model():
+    """The state is an integer: they pass no number in between."""
+    model = qk.quantize_(Net(), act_signed=None)
+    average = copy.deepcopy(model).eval()
+    model.train()(batch())
+    for step in range(60):
+        for mine, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.lerp_(other, 0.2) if mine.is_floating_point() else mine.copy_(other)
+        if step in (0, 59):
+            average(batch())
+            signs = [
+                [layer.input_quantizer.signed for _, layer in convert.layers(m)] for m in (average, model)
+            ]
+            assert signs[0] == signs[1]
 
 
 @pytest.mark.parametrize("method", ["lsq", "asymmetric"])
@@ -358,7 +381,7 @@ def test_a_checkpoint_of_other_bits_starts_anew(method):
     ):
         model.load_state_dict(saved)
     with pytest.raises(
-        RuntimeError, match="LSQ|Asymmetric of the activations of body.0 has no step size yet"
+        RuntimeError, match="(LSQ|Asymmetric) of the activations of body.0 has no step size yet"
     ):
         model.eval()(batch())
     model.train()(batch())
@@ -366,14 +389,15 @@ def test_a_checkpoint_of_other_bits_starts_anew(method):
     for name in ("stem", "body.0", "head"):
         layer, like = model.get_submodule(name), wanted.get_submodule(name)
         assert torch.equal(layer.weight_quantizer.scale, like.weight_quantizer.scale), name
-    old = {name: (t - 32 if name == "stem.weight_quantizer.state" else t) for name, t in saved.items()}
+    signed = model.stem.weight_quantizer.signed
+    old = {**saved, "stem.weight_quantizer.state": torch.tensor([2 if signed else 1], dtype=torch.uint8)}
     same = qk.quantize_(Net(), method=method, weight_bits=8, act_bits=8)
     same.load_state_dict(old)
     assert same.stem.weight_quantizer.started, "a checkpoint that does not say its bits"
 
 
 def test_averages_of_buffers_leave_the_grid():
-    """An average of whole numbers is off by a rounding; integers would be cut off."""
+    """An average of equal numbers is off by a rounding, and integers are cut off."""
     model = calibrated(method="asymmetric").eval()
     average = torch.optim.swa_utils.AveragedModel(
         model, avg_fn=lambda average, value, _: 0.9995 * average + (1 - 0.9995) * value, use_buffers=True
@@ -395,3 +419,11 @@ def test_compiling_before_calibration_says_what_to_do():
     plain = copy.deepcopy(model)
     torch._dynamo.reset()
     assert torch.equal(torch.compile(model, backend="eager")(batch()), plain(batch()))
+    torch._dynamo.reset()
+    other = qk.quantize_(Net()).eval()
+    with torch.no_grad():
+        for mine, value in zip(other.state_dict().values(), plain.state_dict().values(), strict=True):
+            mine.copy_(value)
+    assert torch.equal(torch.compile(other, backend="eager")(batch()), plain.eval()(batch())), (
+        "started by a copy"
+    )

@@ -193,8 +193,8 @@ def test_layer_table(run_dir):
     assert row["weight_bits"] == 4
     assert row["weight_step"] == pytest.approx(layer.weight_quantizer.scale.abs().mean().item())
     error = (layer.quantized_weight() - layer.weight).abs().mean().item()
-    assert row["weight_error"] == pytest.approx(error)
-    assert 0 < row["weight_error"] < row["weight_step"]
+    assert row["mean_error"] == pytest.approx(error)
+    assert 0 < row["mean_error"] < row["weight_step"]
 
 
 def test_layer_table_of_a_float_network():
@@ -204,7 +204,7 @@ def test_layer_table_of_a_float_network():
     assert [row["name"] for row in rows] == ["0", "3"]
     for row, layer in zip(rows, (model[0], model[3]), strict=True):
         assert row["weight_norm"] == layer.weight.norm().item()
-        assert row["weight_step"] is row["weight_error"] is row["input_bits"] is None
+        assert row["weight_step"] is row["mean_error"] is row["input_bits"] is None
     partly = sharpness.layer_table(qk.quantize_(model, exclude=["3"]))
     assert [row["weight_bits"] for row in partly] == [8, None] and partly[1] == rows[1]
 

@@ -380,8 +380,17 @@ def test_backward_belongs_into_the_block():
         inside, used = model(x).square().sum(), model(x).square().sum()
         used.backward()
     assert not torch.allclose(model[0].weight.grad, want[0])
+    late = [lambda: inside.backward(retain_graph=True)] * 3
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        inside.backward()
+        late.pop()()
+    with (
+        qk.perturbed(model, kind="normal", std=0.5, seed=1),
+        pytest.raises(RuntimeError, match="modified by an inplace operation"),
+    ):
+        late.pop()()
     model.zero_grad()
     before.backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), want, strict=True))
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.pop()()

@@ -90,6 +90,11 @@ def test_scales_per_output_channel_or_tensor():
         ({"weight_norm": True}, "weight_norm must be one of detach, full, none; got True"),
         ({"act_offset": 1.5}, "act_offset must be False, or True for method 'saq'; got 1.5 for 'lsq'"),
         ({"act_offset": True}, "act_offset must be False, or True for method 'saq'; got True for 'lsq'"),
+        ({"act_signed": True, "method": "lsq+"}, "act_signed must not be True for method 'lsq"),
+        (
+            {"act_signed": True, "method": "saq", "act_offset": True},
+            "must not be True for method 'saq', whose grid",
+        ),
         ({"act_signed": "auto"}, "act_signed must be True, False or None, got 'auto'"),
         ({"exclude": "head"}, "exclude must be a sequence of module names, got 'head'"),
         ({"weight_noise": "tempering"}, "weight_noise must be one of qk.noise .*got 'tempering'"),

@@ -148,6 +148,12 @@ def test_asymmetric_zero_point_of_a_range_around_zero(bits):
     assert points == {round((2**bits - 1) / 2)}
 
 
+def test_asymmetric_zero_data_leave_room_above():
+    quantizer = activation("asymmetric", 4, torch.zeros(4, 8))
+    x = torch.tensor([[-2.0, 0.0, 1.0, 3.0]])
+    assert quantizer.zero_point.item() == 0 and torch.equal(quantizer(x), x.clamp(min=0))
+
+
 def test_asymmetric_range_holds_zero():
     for x in (torch.rand(4, 8) + 3, -torch.rand(4, 8) - 3):
         quantizer = activation("asymmetric", 8, x)

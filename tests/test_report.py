@@ -95,7 +95,7 @@ def measured(scale, bits=4):
         "weight_bits": bits,
         "weight_norm": 3.0,
         "weight_step": step,
-        "weight_error": step,
+        "mean_error": step,
     }
     return {
         "generalization": {"corrupted": {"fog": {"1": cell, "5": cell}}, "mean": {"1": cell, "5": cell, "all": cell}},

@@ -100,6 +100,17 @@ def test_weights_without_the_counters_of_batch_norm_load(tmp_path):
     assert torch.equal(model.conv1.weight, state["conv1.weight"]) and model.bn.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_weights_of_wrapped_models_load(tmp_path, prefix):
+    torch.manual_seed(5)
+    state = Tiny().state_dict()
+    torch.save({prefix + name: t for name, t in state.items()}, tmp_path / "w.pth")
+    assert torch.equal(build.load_weights(Tiny(), tmp_path / "w.pth").conv1.weight, state["conv1.weight"])
+    inner = torch.nn.ModuleDict({"module": Tiny()})
+    torch.save(inner.state_dict(), tmp_path / "w.pth")
+    build.load_weights(inner, tmp_path / "w.pth")
+
+
 def test_device_errors(tmp_path):
     config = make_config(**TINY, recipe="float")
     with pytest.raises(

@@ -140,3 +140,30 @@ def test_checkpointing_finds_the_seed_of_its_own_forward(reentrant, noise):
         found.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_a_part_in_training_draws_again(reentrant):
+    """Of a model in evaluation: dropout behind the noise must draw as it did."""
+    model = qk.quantize_(Dropped(), weight_noise=qk.noise.Pseudo())
+    x = torch.randn(6, 8, requires_grad=True)
+    qk.calibrate(model, [x]).eval().a.train()
+    found = []
+    for model.reentrant in (None, reentrant):
+        model.zero_grad()
+        torch.manual_seed(4)
+        model(x).square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_seeds_of_forwards_long_ago(monkeypatch):
+    monkeypatch.setattr("qkernels.seeds._PLACES", 3)
+    model = qk.quantize_(Dropped(), weight_noise=qk.noise.Pseudo(), act_bits=None).train()
+    model.reentrant = False
+    x = torch.randn(6, 8, requires_grad=True)
+    losses = [model(x).square().mean() for _ in range(4)]
+    losses[-1].backward()
+    with pytest.warns(UserWarning, match="its seed is forgotten"):
+        losses[0].backward()

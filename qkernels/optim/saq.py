@@ -29,6 +29,8 @@ class SAQ(SAM):
         vanilla_loss: the second term of the objective (eq. 15).
         further: as ``SAM``, whose methods these are.
 
+    Case 3 captures gradients by hooks on tensors, which torch.compile takes without ``fullgraph`` alone.
+
     Raises: as ``SAM``; ValueError for another case, and in cases 1 and 3 for a model with no quantized weight.
     Source: SAQ, eqs. 9, 12, 14, 15 and Algorithm 1; where the first tau - 1 steps have no g_v yet, g_s = g.
     """

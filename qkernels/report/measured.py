@@ -84,7 +84,7 @@ def _lowest_bold(labels, values):
 
 def _layers(groups):
     """Weight norm (QGen table 2), step size and quantization error (NT table 6), and per layer (QGen figure 1)."""
-    rows, lines = [], {"weight_step": [], "weight_error": []}
+    rows, lines = [], {"weight_step": [], "mean_error": []}
     for i, g in enumerate(groups):
         tables = [t for t in g.measured("layers") if t]
         if not tables:
@@ -100,7 +100,7 @@ def _layers(groups):
     note = "‖w‖ over all layers; the means over layers. Error: mean of |Q(w) − w|. Curves: the first seed."
     plots = [
         figure(charts.line_chart(lines[key], "layer", f"log₁₀ {name}", name), name[0].upper() + name[1:])
-        for key, name in (("weight_step", "step size of the weights"), ("weight_error", "quantization error"))
+        for key, name in (("weight_step", "step size of the weights"), ("mean_error", "quantization error"))
     ]
     parts = f"<h3>Layers</h3>{table(headers, cells, 'matrix', note)}"
     if any(plots):

@@ -92,7 +92,7 @@ class _Corrupted:
 def layer_table(model):
     """Per layer: bits, weight norm, step sizes and quantization error. Source: QGen fig. 1, table 2; NT table 6.
 
-    weight_step, input_step: mean step size; weight_error: mean of |Q(w) - w|, w standardised first where the
+    weight_step, input_step: mean step size; mean_error: mean of |Q(w) - w|, w standardised first where the
     quantizer does so (None: not quantized); weight_norm: ||w||; largest: max |w|.
     """
     rows = []
@@ -100,14 +100,14 @@ def layer_table(model):
         if not isinstance(layer, (_Quantized, *QUANTIZED)):
             continue
         weight, activation = (getattr(layer, f"{role}_quantizer", None) for role in ("weight", "input"))
-        row = {"name": name, "weight_bits": None, "weight_step": None, "weight_error": None}
+        row = {"name": name, "weight_bits": None, "weight_step": None, "mean_error": None}
         if layer.weight is not None:
             row |= {"weight_norm": layer.weight.norm().item(), "largest": layer.weight.abs().max().item()}
         if weight is not None:
             row["weight_bits"] = weight.bits
             row["weight_step"] = _step(weight)
         if isinstance(weight, Quantizer):
-            row["weight_error"] = (weight(layer.weight) - weight.prepare(layer.weight)).abs().mean().item()
+            row["mean_error"] = (weight(layer.weight) - weight.prepare(layer.weight)).abs().mean().item()
         row["input_bits"] = None if activation is None else activation.bits
         row["input_step"] = None if activation is None else _step(activation)
         rows.append(row)

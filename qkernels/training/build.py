@@ -9,6 +9,7 @@ from qkernels.models import build_model
 
 from . import checkpoint, distributed
 
+_WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 NOISES = ("Tempering", "FeaturePerturbation", "Pseudo", "StochasticRounding")
 
 
@@ -27,19 +28,22 @@ def quantize(model, config):
 
 
 def calibrate(model, data, config):
-    """Sets the step sizes from the first batches of training; of their images, all or the first few."""
-    images, batches = config["calibration_images"], data.train
-    if images:
-        batches = _first(batches, -(-images // distributed.world()))
-    return qk.calibrate(model, batches, config["calibration_batches"])
+    """Sets the step sizes from the first batches of training, or from so many images, which the processes share."""
+    images = config["calibration_images"]
+    if not images:
+        return qk.calibrate(model, data.train, config["calibration_batches"])
+    batches = _first(data.train, -(-images // distributed.world()))
+    return qk.calibrate(model, batches, len(batches))
 
 
 def _first(batches, images):
-    for x, y in batches:
-        yield x[:images], y[:images]
-        images -= len(x)
-        if images <= 0:
-            return
+    """The first images, in as many batches as they came in, but of one size: BatchNorm needs more than one image."""
+    taken = []
+    for x, _ in batches:
+        taken.append(x)
+        if sum(map(len, taken)) >= images:
+            break
+    return torch.cat(taken)[:images].tensor_split(len(taken))
 
 
 def _arguments(table):
@@ -68,6 +72,10 @@ def load_weights(model, path):
         ValueError: its names or shapes are those of another network; the message names the first of each kind.
     """
     state, own = checkpoint.load_model(path), model.state_dict()
+    for _ in _WRAPPERS:
+        for prefix in _WRAPPERS:
+            if not own.keys() & state.keys() and all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
     for name in own.keys() - state.keys():
         if name.endswith(".num_batches_tracked"):  # absent from files of torch before 0.4.1
             state[name] = own[name]

@@ -102,7 +102,7 @@ def load_model(path, device="cpu"):
     """The state dict alone: `path` is a file, a checkpoint folder, or a run folder that holds one.
 
     A `.pt` or `.pth` file is read with torch.load(weights_only=True) and holds a state dict, by itself or under
-    "state_dict" or "model", of the model or of it in DataParallel or torch.compile; any other file is of safetensors.
+    "state_dict" or "model"; any other file is of safetensors.
 
     Raises:
         FileNotFoundError: none of these is there.
@@ -254,9 +254,6 @@ def _read_state_dict(path, data, device):
             f"{path} holds no state dict: expected names and tensors, by themselves or under "
             "'state_dict' or 'model'"
         )
-    for prefix in ("module.", "_orig_mod."):  # of DataParallel and torch.compile
-        if value and all(key.startswith(prefix) for key in value):
-            value = {key.removeprefix(prefix): item for key, item in value.items()}
     return value
 
 

@@ -36,7 +36,7 @@ SETTINGS = {
     "float_recipe": "float",  # of that float model; "" starts a quantized run from random weights
     "float_epochs": 0,  # of the float model a quantized run without --init trains first; 0: as the float recipe says
     "calibration_batches": 8,
-    "calibration_images": 0,  # of these batches, the first; 0: all
+    "calibration_images": 0,  # in place of batches; 0: as many as these have
     "select": "last",  # or "train_loss": the result is the epoch of lowest training loss
     "bn_reestimate": 0,  # batches for the BatchNorm statistics after training; 0 is off
     "quantizer": {},  # further arguments of QConfig; None is "none", a noise { kind = "Tempering", c = 0.2 }
@@ -86,11 +86,6 @@ def load_recipe(name, data="", overrides=None):
     for key in ("distill", "sharpness"):
         if settings[key].get("kind") == "none":
             settings[key] = {}
-    for key in ("weight_bits", "act_bits"):
-        if not settings["method"] and (overrides or {}).get(key, 32) != 32:
-            raise ValueError(
-                f"{key}: {overrides[key]!r}, but recipe {name} trains in floating point (it has no method)"
-            )
     if settings["weight_bits"] == settings["act_bits"] == 32:
         settings["method"], settings["distill"] = "", {}
         if settings["sharpness"].get("kind") == "saq":

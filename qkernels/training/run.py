@@ -114,6 +114,11 @@ def main(args):
         check_unchanged(config, given, overrides, args.out)
     else:
         config = make_config(**given, **overrides)
+        for key in ("weight_bits", "act_bits"):
+            if not config["method"] and overrides.get(key, 32) != 32:
+                raise ValueError(
+                    f"{key}: {overrides[key]}, but recipe {config['recipe']} trains in floating point"
+                )
         if args.image_size is not None and not config["data"].startswith("folder:"):
             raise ValueError(
                 f"--image-size: is for folder:DIR; the images of {config['data']} have their own size"

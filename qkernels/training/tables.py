@@ -180,7 +180,7 @@ def _dominant_eigenvalue(folder, args):
 
 _COLUMNS = {
     "images/s": _images_per_s,
-    "quantization error": _over_layers("weight_error"),
+    "quantization error": _over_layers("mean_error"),
     "step size": _over_layers("weight_step"),
     "dominant eigenvalue": _dominant_eigenvalue,  # the largest in magnitude; it may be negative
 }
