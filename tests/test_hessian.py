@@ -14,6 +14,7 @@ from torch.func import functional_call
 import qkernels as qk
 from qkernels import sharpness
 from qkernels.models.vit import Attention
+from qkernels.sharpness import curvature
 from qkernels.sharpness.subject import Subject
 
 
@@ -86,7 +87,29 @@ def test_eigenvalues_and_trace_of_the_exact_hessian(method, weights):
     vector = torch.cat([t.flatten() for t in found.eigenvectors[0]]).double()
     residual = (matrix @ vector - found.eigenvalues[0] * vector).norm()
     assert residual <= 2e-3 * abs(found.eigenvalues[0])
-    assert found.products == sum(found.iterations) + 64
+    assert found.products == found.iterations + 64
+    assert sum(found.traces.values()) == pytest.approx(found.trace)
+
+
+@pytest.mark.parametrize("room", [1, 3, 20])
+def test_lanczos_begins_again_where_its_basis_is_full(room, monkeypatch):
+    monkeypatch.setattr(curvature, "_ROOM", room)
+    model, loader = tiny("lsq")
+    matrix = exact(model, loader, "latent")
+    values = torch.linalg.eigvalsh((matrix + matrix.T) / 2)
+    values = values[values.abs().argsort(descending=True)]
+    found = sharpness.hessian(model, loader, F.cross_entropy, top=4, trace_samples=0)
+    assert found.eigenvalues == pytest.approx(values[:4].tolist(), rel=1e-3) and all(found.converged)
+    assert found.iterations < (60 if room > 1 else 200)
+
+
+def test_eigenvalues_of_a_hessian_of_low_rank():
+    """Two images: two eigenvalues of a linear regression, the others zero."""
+    model, x = nn.Linear(6, 1, bias=False), torch.randn(2, 6)
+    found = sharpness.hessian(model, [(x, torch.randn(2, 1))], F.mse_loss, top=4, trace_samples=0)
+    want = torch.linalg.eigvalsh(x.T.double() @ x.double()).flip(0)
+    assert found.eigenvalues == pytest.approx(want[:4].tolist(), rel=1e-3, abs=1e-5) and all(found.converged)
+    assert len(found.eigenvectors) == 4
 
 
 def test_second_derivatives_are_not_silently_zero():

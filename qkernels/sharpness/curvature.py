@@ -12,24 +12,28 @@ from .data import Data
 from .subject import Subject, check_at_least
 
 _TOGETHER = 8  # vectors that share one graph of the gradient
+_ROOM = 20  # vectors of Lanczos' basis, beside two per eigenvalue
 
 
 @dataclass
 class Hessian:
-    """eigenvalues: largest in magnitude first. residuals: ||H v - lambda v||; iterations and converged: per eigenvalue.
+    """eigenvalues: largest in magnitude first. residuals: ||H v - lambda v||, and whether each has converged.
+    iterations: products with the Hessian that they took together.
 
-    trace: mean of v.Hv over random signs v; trace_stderr: its standard error; trace_samples: the values.
+    trace: mean of v.Hv over random signs v; trace_stderr: its standard error; trace_samples: the values; traces: each
+    tensor's part of the trace, by name (which layers bits matter to: HAWQ).
     density: Density or None. eigenvectors: lists of tensors like ``names``. products: Hessian-vector
     products over all images.
     """
 
     eigenvalues: list
     residuals: list
-    iterations: list
+    iterations: int
     converged: list
     trace: float | None
     trace_stderr: float | None
     trace_samples: list
+    traces: dict
     eigenvectors: list = field(repr=False)
     names: list = field(repr=False)
     products: int
@@ -100,9 +104,9 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
             batches=None, seed=0, progress=None):  # fmt: skip
     """Top eigenvalues and trace of the Hessian of the mean loss over the whole loader, through the quantizers.
 
-    Eigenvalues by power iteration with deflation, until ||H v - lambda v|| <= tolerance |lambda| (then an
-    eigenvalue is that near; the error is usually of the order of tolerance^2). Trace by Hutchinson's
-    estimator. ``weights="latent"`` differentiates twice through the weight quantizers, whose
+    Eigenvalues by Lanczos, until ||H v - lambda v|| <= tolerance |lambda| (then an eigenvalue is that near; the error
+    is usually of the order of tolerance^2): about a tenth of the products that power iteration takes. Trace by
+    Hutchinson's estimator. ``weights="latent"`` differentiates twice through the weight quantizers, whose
     straight-through surrogate is piecewise linear: the Hessian of the loss as training sees it; "quantized"
     takes the quantized weights as the variables. Activation quantizers act in both.
 
@@ -111,8 +115,8 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
 
     Args:
         criterion: criterion(logits, target) -> mean loss of a batch, twice differentiable.
-        top, trace_samples: how many; 0 leaves them out. density_probes: random vectors for the spectral
-            density (``density_steps`` Lanczos steps each); 0 leaves it out.
+        top, trace_samples: how many; 0 leaves them out. iterations: products per eigenvalue, at most.
+        density_probes: random vectors for the spectral density (``density_steps`` Lanczos steps each); 0 leaves it out.
         progress: called with (what, done, of).
 
     Returns: Hessian. Raises: ValueError naming the argument.
@@ -126,31 +130,35 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
     if top > product.subject.count:
         raise ValueError(f"top must be at most {product.subject.count}, the number of parameters, got {top}")
     tell = progress or (lambda *_: None)
-    found, vectors = [], []
-    for i in range(top):
-        start = product.random("normal", 1, seed, first=i)[0]
-        value, vector, residual, taken = _power(product, start, vectors, tolerance, iterations)
-        found.append((value, residual, taken, residual <= tolerance * abs(value)))
-        vectors.append(vector)
-        tell("eigenvalues", i + 1, top)
-    order = sorted(range(top), key=lambda i: -abs(found[i][0]))
-    columns = [[found[i][c] for i in order] for c in range(4)]
-    samples = []
-    while len(samples) < trace_samples:
-        num = min(_TOGETHER, trace_samples - len(samples))
-        signs = product.random("sign", num, seed + 1, first=len(samples))
-        samples += [_dot(v, hv) for v, hv in zip(signs, product(signs), strict=True)]
-        tell("trace", len(samples), trace_samples)
+    found = [], [], [], [], 0
+    if top:
+        start = product.random("normal", 1, seed)[0]
+        found = _largest(product, start, top, tolerance, top * iterations)
+        tell("eigenvalues", top, top)
+    values, residuals, converged, vectors, taken = found
+    parts = []  # of the samples: one number for each tensor
+    while len(parts) < trace_samples:
+        num = min(_TOGETHER, trace_samples - len(parts))
+        signs = product.random("sign", num, seed + 1, first=len(parts))
+        for v, hv in zip(signs, product(signs), strict=True):
+            parts.append([_dot([s], [t]) for s, t in zip(v, hv, strict=True)])
+        tell("trace", len(parts), trace_samples)
+    samples = [sum(part) for part in parts]
     mean, stderr = _mean(samples)
+    means = [sum(column) / len(parts) for column in zip(*parts)]
     density = None
     if density_probes:
         density = _density(product, density_probes, density_steps, seed + 2, tell)
     return Hessian(
-        *columns,
+        values,
+        residuals,
+        taken,
+        converged,
         mean,
         stderr,
         samples,
-        [vectors[i] for i in order],
+        dict(zip(product.subject.names, means, strict=False)),
+        vectors,
         product.subject.names,
         product.count,
         density,
@@ -172,17 +180,51 @@ def spectral_density(model, loader, criterion=F.cross_entropy, probes=4, steps=4
     return _density(product, probes, steps, seed, progress or (lambda *_: None))
 
 
-def _power(product, v, deflated, tolerance, iterations):
-    """(Rayleigh quotient, unit vector, residual, iterations) of the largest eigenvalue off the deflated vectors."""
-    v, taken = _unit(_orthogonal(v, deflated)), 0
+def _largest(product, start, top, tolerance, limit):
+    """(values, residuals, whether converged, unit vectors, products) of the ``top`` eigenvalues largest in magnitude.
+
+    Lanczos with full reorthogonalisation; where the basis is full, the best of it stays (thick restart). What is zero
+    beside the largest value need not be known to its own scale.
+    """
+    size, basis, matrix, taken = (
+        product.subject.count,
+        [_unit(start)],
+        torch.zeros(0, 0, dtype=torch.float64),
+        0,
+    )
+    room = min(2 * top + _ROOM, size)
     while True:
-        hv, taken = _orthogonal(product([v])[0], deflated), taken + 1
-        value = _dot(v, hv)
-        off = _orthogonal(hv, [v])
-        residual = math.sqrt(_dot(off, off))
-        if residual <= tolerance * abs(value) or taken == iterations:
-            return value, v, residual, taken
-        v = _unit(_orthogonal(hv, deflated))
+        w, taken = product([basis[-1]])[0], taken + 1
+        along = torch.zeros(len(basis), dtype=torch.float64)
+        for _ in range(2):
+            w, part = _split(w, basis)
+            along += part
+        matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
+        matrix[-1, :] = matrix[:, -1] = along
+        values, vectors = torch.linalg.eigh(matrix)
+        order = values.abs().argsort(descending=True)
+        values, vectors = values[order], vectors[:, order]
+        length = math.sqrt(_dot(w, w))
+        residuals = length * vectors[-1].abs()
+        good = residuals <= tolerance * values.abs().clamp(min=1e-3 * values[0].abs())
+        if (len(basis) >= top and good[:top].all()) or taken == limit or len(basis) == size:
+            columns = [column[:top].tolist() for column in (values, residuals, good)]
+            return *columns, [_combined(basis, vectors[:, i]) for i in range(len(columns[0]))], taken
+        if len(basis) == room:
+            kept = (top + room) // 2
+            basis, matrix = [_combined(basis, vectors[:, i]) for i in range(kept)], torch.diag(values[:kept])
+        if length <= 1e-6 * values[0].abs():  # nothing new lies this way
+            w = product.random("normal", 1, taken)[0]
+            for _ in range(2):
+                w, _ = _split(_unit(w), basis)
+        basis.append(_unit(w))
+
+
+def _combined(basis, factors):
+    total = [torch.zeros_like(t) for t in basis[0]]
+    for b, factor in zip(basis, factors.tolist(), strict=True):
+        torch._foreach_add_(total, torch._foreach_mul(b, factor))
+    return _unit(total)
 
 
 def _density(product, probes, steps, seed, tell):
@@ -192,7 +234,7 @@ def _density(product, probes, steps, seed, tell):
         while True:
             w = product([basis[-1]])[0]
             diagonal.append(_dot(w, basis[-1]))
-            w = _orthogonal(_orthogonal(w, basis), basis)
+            w = _split(_split(w, basis)[0], basis)[0]
             length = math.sqrt(_dot(w, w))
             if len(diagonal) == min(steps, product.subject.count) or length <= 1e-6 * max(map(abs, diagonal)):
                 break
@@ -218,10 +260,13 @@ def _unit(v):
     return [t / length for t in v] if length > 0 else v
 
 
-def _orthogonal(v, basis):
-    for b in basis:
-        v = torch._foreach_sub(v, torch._foreach_mul(b, _dot(v, b)))
-    return list(v)
+def _split(v, basis):
+    """(v without its parts along the basis, the parts' lengths)."""
+    along = torch.zeros(len(basis), dtype=torch.float64)
+    for i, b in enumerate(basis):
+        along[i] = _dot(v, b)
+        v = torch._foreach_sub(v, torch._foreach_mul(b, along[i].item()))
+    return list(v), along
 
 
 def _mean(samples):
