@@ -6,6 +6,7 @@ QKERNELS_BACKEND=reference|triton|native (read once, here) or ``use_backend`` fo
 import contextlib
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,15 +22,34 @@ why_not: dict[str, str] = {}  # device -> why its native library does not serve
 library = torch.library.Library("qkernels", "DEF")
 _dispatched: dict[str, object] = {}
 _forced: str | None = None
+_told = False  # that the reference serves
 
 
 def define(name: str, schema: str, fake) -> None:
     """Declare an op: its schema, its fake, and the reference as the implementation on any device."""
     SCHEMAS[name] = schema
     library.define(f"{name}{schema}")
-    library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+    library.impl(name, _fallback(name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"qkernels::{name}", fake, lib=library)
     _dispatched[name] = getattr(torch.ops.qkernels, name).default
+
+
+def _fallback(name: str):
+    """The reference, where no kernels serve a device; the first call says so, for it is some ten times slower."""
+    served = getattr(reference, name)
+
+    def fallback(*args):
+        global _told
+        if not _told:
+            _told = True
+            first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+            why = why_not.get(first.device.type, f"there are no kernels for {first.device.type}")
+            warnings.warn(
+                f"qkernels runs as plain PyTorch here, slowly: {why}; see `qkernels doctor`", stacklevel=2
+            )
+        return served(*args)
+
+    return fallback
 
 
 def load() -> None:

@@ -18,7 +18,8 @@ from .wrapped import check_whole
 def quantize_(model, config=None, **settings):
     """Swap every Linear, Conv1d, Conv2d, ConvTranspose2d and Embedding of the model for its quantized form, in place.
 
-    Parameters are shared, so optimizers and state dict keys stay valid; weight step sizes start from the weights,
+    Parameters are shared, so state dict keys stay valid; an optimizer made before has the weights, but not the step
+    sizes: make it after, of ``param_groups``. Weight step sizes start from the weights,
     activation step sizes from ``calibrate`` or the first training batch. Returns the model (a new module only where
     the model itself is a layer). One warning names the layers with weights that stay in floating point and are not
     excluded. ValueError: nothing to quantize, already quantized, an unknown name in exclude or overrides.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import ops
+from .quantizers import at_least_float32
 from .wrapped import whole
 
 
@@ -164,7 +165,7 @@ class IntegerWeight(nn.Module):
             torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.packed.device)
         )
         self.dtype, self.strides = values.dtype, values.stride()
-        return super()._apply(fn, recurse)
+        return super()._apply(lambda t: at_least_float32(fn, t), recurse)
 
     def forward(self, _=None):
         grid = {name: getattr(self, name) for name in self.grid_names}

@@ -49,6 +49,10 @@ class Quantizer(nn.Module):
         self.seeds, self.stream, self.layer = None, 0, ""
         self.shift, self.shift_scale, self.listeners = None, None, []
 
+    def _apply(self, fn, recurse=True):
+        """model.bfloat16() and model.half() leave the grid in float32: a step of 1e-3 of it would round away."""
+        return super()._apply(lambda t: at_least_float32(fn, t), recurse)
+
     def bounds(self):
         """(quant_min, quant_max) of the grid."""
         return ops.bounds(self.bits, bool(self.signed), None, None)
@@ -360,6 +364,12 @@ class DoReFaActivation(Quantizer):
 
     def start(self, statistics):
         pass
+
+
+def at_least_float32(fn, t):
+    """fn(t) of Module._apply, but float32 where that would be of fewer bits."""
+    moved = fn(t)
+    return t.to(moved.device, torch.float32) if moved.dtype in (torch.bfloat16, torch.float16) else moved
 
 
 def _code(bits, signed):

@@ -308,3 +308,22 @@ def test_wheel_contents_are_declared():
     assignments = [node for node in body if isinstance(node, ast.Assign)]
     versions = [node.value for node in assignments if ast.unparse(node.targets[0]) == "__version__"]
     assert len(versions) == 1 and isinstance(versions[0], ast.Constant)
+
+
+def test_the_fallback_says_so_once(tmp_path):
+    """Without kernels everything runs, some ten times slower: nobody should find out by a profile."""
+    shutil.copytree(PACKAGE, tmp_path / "qkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = (
+        "import warnings, torch, qkernels as qk\n"
+        "with warnings.catch_warnings(record=True) as found:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2): qk.fake_quantize(torch.ones(4), torch.ones(1), bits=4)\n"
+        "print(*(w.message for w in found), sep='|')\n"
+    )
+    said = python(code, cwd=tmp_path).strip()
+    assert said == (
+        "qkernels runs as plain PyTorch here, slowly: _C_cpu.so was not built (no compiler at install time, or it was "
+        "switched off); see `qkernels doctor`"
+    )
+    silent = python(code, cwd=tmp_path, QKERNELS_BACKEND="reference")
+    assert silent.strip() == ""

@@ -1,5 +1,6 @@
 """Checkpoints survive what happens to files: crashes at any point, truncation, other versions."""
 
+import argparse
 import json
 import os
 import random
@@ -185,9 +186,10 @@ def test_load_model_takes_a_file_a_checkpoint_or_a_run(tmp_path):
 def test_load_model_reads_state_dicts_of_torch_save(tmp_path, under, legacy):
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     state = model.state_dict()
-    value = state if under is None else {under: state, "epoch": 3}
-    torch.save(value, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
-    found = checkpoint.load_model(tmp_path / "w.pth")
+    value = state if under is None else {under: state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    for name in ("w.pth", "w.pth.tar"):
+        torch.save(value, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+        found = checkpoint.load_model(tmp_path / name)
     assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
 
 

@@ -103,6 +103,16 @@ def test_lanczos_begins_again_where_its_basis_is_full(room, monkeypatch):
     assert found.iterations < (60 if room > 1 else 200)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_criteria_give_means(reduction):
+    model, loader = tiny(None)
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    measures = (sharpness.hessian, sharpness.spectral_density, sharpness.linf_sharpness, sharpness.landscape)
+    for measure in measures:
+        with pytest.raises(ValueError, match=f"criterion must give the mean loss.*reduction='{reduction}'"):
+            measure(model, loader, criterion)
+
+
 def test_eigenvalues_of_a_hessian_of_low_rank():
     """Two images: two eigenvalues of a linear regression, the others zero."""
     model, x = nn.Linear(6, 1, bias=False), torch.randn(2, 6)

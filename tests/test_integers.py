@@ -102,3 +102,21 @@ def test_after_convert():
     for (_, layer), weight in zip(convert.layers(model), weights, strict=True):
         assert torch.equal(layer.quantized_weight(), weight)
     assert isinstance(model.stem.weight_quantizer, IntegerWeight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_grid_stays_in_float32(method, dtype):
+    """In fewer bits a step would move by its rounding, and small updates would round away."""
+    model = calibrated(method=method).eval()
+    before = {name: t.clone() for name, t in model.state_dict().items() if "_quantizer." in name}
+    model.to(dtype)
+    after = model.state_dict()
+    assert model.stem.weight.dtype == dtype and all(torch.equal(after[name], t) for name, t in before.items())
+    assert all(after[name].dtype == t.dtype for name, t in before.items())
+    y = model(batch(dtype=dtype))
+    assert y.dtype == dtype and same_bits(qk.convert_(model)(batch(dtype=dtype)), y)
+    scale = model.stem.weight_quantizer.scale.clone()
+    assert model.float().to(dtype).stem.weight_quantizer.scale.dtype == torch.float32
+    assert torch.equal(model.stem.weight_quantizer.scale, scale)
+    assert all(p.dtype == torch.float64 for p in calibrated(method=method).double().parameters())

@@ -233,6 +233,34 @@ def test_listeners_go_with_their_optimizer_and_rest_in_copies_of_the_model():
     assert not net[1].weight_quantizer.listeners
 
 
+def test_an_optimizer_from_before_quantize_is_told(recwarn):
+    net = network()
+    base = base_of("sgd", net.parameters())
+    qk.quantize_(net)
+    with pytest.warns(
+        UserWarning, match="base does not train the step sizes of 1, 3: make it after quantize_"
+    ):
+        qk.optim.SAM(net, base)
+    recwarn.clear()
+    qk.optim.SAQ(net, base_of("sgd", qk.param_groups(net, lr=0.1)))
+    qk.optim.SAM(net, base_of("sgd", net[0].parameters()))  # it trains other layers alone
+    assert not recwarn
+
+
+def test_schedulers_know_that_two_passes_are_a_step(recwarn):
+    net = network()
+    optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    (x, y), *_ = batches(1)
+    for _ in range(2):
+        F.cross_entropy(net(x), y).backward()
+        optimizer.first_step()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.second_step()
+        schedule.step()
+    assert not recwarn
+
+
 def test_a_base_whose_step_takes_nothing():
     class Plain(torch.optim.SGD):
         def step(self):

@@ -4,10 +4,12 @@ import contextlib
 import inspect
 import itertools
 import math
+import warnings
 
 import torch
 from torch import nn
 
+from .. import nn as qnn
 from .. import ops, quantizers
 from . import lists
 from .second_pass import Exchange, Statistics
@@ -76,10 +78,28 @@ class SAM(torch.optim.Optimizer):
             _check_size("rho", group["rho"])
         owners = () if perturb_scales else (m for m in model.modules() if isinstance(m, quantizers.Quantizer))
         self._scales = {id(p) for m in owners for p in m.parameters()}
+        self._warn_of_steps_that_stay()
         self.steps = 0  # finished steps
         self._undo = contextlib.ExitStack()  # what takes the perturbation back
         self._stage, self._first, self._local_gradients = "first", [], False
         self._exchanges, self._statistics, self._length = [], Statistics(model), None
+
+    def _warn_of_steps_that_stay(self):
+        """An optimizer made before quantize_ has the weights, but not their step sizes."""
+        given = {id(p) for group in self.param_groups for p in group["params"]}
+        left = [
+            name
+            for name, m in self.model.named_modules()
+            if isinstance(m, qnn._Quantized) and m.weight is not None and id(m.weight) in given
+            for q in (m.weight_quantizer, m.input_quantizer)
+            if q is not None and any(p.requires_grad and id(p) not in given for p in q.parameters())
+        ]
+        if left:
+            warnings.warn(
+                f"base does not train the step sizes of {', '.join(dict.fromkeys(left))}: make it after quantize_, of "
+                "qk.param_groups(model, lr)",
+                stacklevel=3,
+            )
 
     # --- the two passes ---
 
@@ -180,6 +200,7 @@ class SAM(torch.optim.Optimizer):
             self.base.step()
         else:
             scaler.step(self.base)
+        self._opt_called = True  # for torch's schedulers, which otherwise miss a step()
         self.steps += 1
         self._ready()
 

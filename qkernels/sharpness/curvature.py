@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..perturbation import perturb
 from .data import Data
-from .subject import Subject, check_at_least
+from .subject import Subject, check_at_least, check_criterion
 
 _TOGETHER = 8  # vectors that share one graph of the gradient
 _ROOM = 20  # vectors of Lanczos' basis, beside two per eigenvalue
@@ -66,6 +66,7 @@ class _Products:
     """Hessian-vector products of the mean loss; the graph of a batch lives until its products are done."""
 
     def __init__(self, model, loader, criterion, weights, parameters, batches):
+        check_criterion(criterion)
         self.subject = Subject(model, weights, parameters)
         self.data = Data(loader, self.subject.device, batches)
         self.criterion, self.count = criterion, 0

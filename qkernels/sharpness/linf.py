@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from ..perturbation import perturb
 from .data import Data
-from .subject import Subject, check_at_least, check_choice
+from .subject import Subject, check_at_least, check_choice, check_criterion
 
 
 @dataclass
@@ -52,6 +52,7 @@ def linf_sharpness(model, loader, criterion=F.cross_entropy, rho=1e-3, *, steps=
             isinstance(value, (int, float)) and 0 < value < math.inf
         ):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
+    check_criterion(criterion)
     step_size = max(2.5 / steps, 0.1) * rho if step_size is None else step_size
     subject = Subject(model, weights, parameters)
     data = Data(loader, subject.device, batches)

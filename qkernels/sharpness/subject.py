@@ -163,6 +163,15 @@ def check_choice(name, value, accepted):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
+def check_criterion(criterion):
+    """ValueError for one of torch's losses that does not give the mean of a batch."""
+    reduction = getattr(criterion, "reduction", "mean")
+    if reduction != "mean":
+        raise ValueError(
+            f"criterion must give the mean loss of a batch, got one with reduction={reduction!r}"
+        )
+
+
 def check_at_least(**given):
     """Integers that must be at least 1: ValueError naming the first that is not."""
     for name, value in given.items():

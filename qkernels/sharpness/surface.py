@@ -13,7 +13,7 @@ from ..perturbation import filter_normalized, perturb
 from .data import Data
 from .pictures import Drawn
 from .saved import digest, write_json
-from .subject import Copies, Subject, check_at_least
+from .subject import Copies, Subject, check_at_least, check_criterion
 
 _WRITE_EVERY = 2.0  # seconds
 
@@ -65,6 +65,7 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     Source: Li et al. 2018, sections 3 and 4.
     """
     check_at_least(size=size, copies=copies)
+    check_criterion(criterion)
     if dimensions not in (1, 2):
         raise ValueError(f"dimensions must be 1 or 2, got {dimensions!r}")
     if not isinstance(span, (int, float)) or not 0 < span < math.inf:

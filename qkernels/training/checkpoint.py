@@ -4,6 +4,7 @@ A checkpoint is a folder: `model.safetensors` (the state dict, readable by any t
 tensor) and `state.json` (version, sizes and checksums of both files, and the structure around the tensors).
 """
 
+import argparse
 import io
 import json
 import os
@@ -101,8 +102,8 @@ def load(path, device="cpu"):
 def load_model(path, device="cpu"):
     """The state dict alone: `path` is a file, a checkpoint folder, or a run folder that holds one.
 
-    A `.pt` or `.pth` file is read with torch.load(weights_only=True) and holds a state dict, by itself or under
-    "state_dict" or "model"; any other file is of safetensors.
+    A file of torch.save is read with weights_only=True and holds a state dict, by itself or under "state_dict" or
+    "model"; any other file is of safetensors.
 
     Raises:
         FileNotFoundError: none of these is there.
@@ -110,8 +111,9 @@ def load_model(path, device="cpu"):
     """
     path = Path(path)
     if path.is_file():
-        read = _read_state_dict if path.suffix in (".pt", ".pth") else _read_tensors
-        return read(path, path.read_bytes(), device)
+        data = path.read_bytes()
+        pickled = path.suffix in (".pt", ".pth") or data[:2] in (b"PK", b"\x80\x02")  # .pth.tar, .bin, ...
+        return (_read_state_dict if pickled else _read_tensors)(path, data, device)
     for folder in (path, path / "checkpoint"):
         if latest(folder) is not None:
             return load(folder, device)[0]
@@ -242,7 +244,10 @@ def _read_tensors(path, data, device):
 
 def _read_state_dict(path, data, device):
     try:
-        value = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # timm and DeiT keep theirs beside the weights
+            value = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
         raise RuntimeError(f"{path} is not a whole file of torch.save with tensors alone: {reason}") from None
