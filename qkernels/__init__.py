@@ -6,7 +6,7 @@ import importlib
 
 from . import backend, distill, nn, noise, optim
 from .backend import use_backend
-from .convert import calibrate, convert_, param_groups, quantize_, summary
+from .convert import calibrate, convert_, disabled, param_groups, quantize_, summary
 from .ops import dequantize, fake_quantize, pack, quantize, unpack
 from .perturbation import perturb, perturbed
 from .qconfig import QConfig

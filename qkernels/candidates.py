@@ -9,7 +9,16 @@ from . import nn as qnn
 def quantizable(model, exclude=()):
     """(name, module) of the layers that quantize_ swaps, in the order of the model; a shared one under each name."""
     outside, modules = _excluded(model, exclude), model.named_modules(remove_duplicate=False)
-    return [(name, m) for name, m in modules if type(m) in qnn.QUANTIZED and m not in outside]
+    return [(name, m) for name, m in modules if (type(m) in qnn.QUANTIZED or bare(m)) and m not in outside]
+
+
+def bare(module):
+    """Whether it is one of qk.nn's layers that was made by hand and has no quantizer yet."""
+    return (
+        isinstance(module, qnn._Quantized)
+        and module.weight_quantizer is module.input_quantizer is None
+        and module.weight is not None
+    )
 
 
 def _excluded(model, exclude):

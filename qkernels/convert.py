@@ -1,5 +1,6 @@
 """A float model into a quantized one and on to integers."""
 
+import contextlib
 import warnings
 from itertools import islice
 
@@ -17,6 +18,7 @@ from .wrapped import check_whole
 
 def quantize_(model, config=None, **settings):
     """Swap every Linear, Conv1d, Conv2d, ConvTranspose2d and Embedding of the model for its quantized form, in place.
+    qk.nn's layers that were made by hand get their quantizers.
 
     Parameters are shared, so state dict keys stay valid; an optimizer made before has the weights, but not the step
     sizes: make it after, of ``param_groups``. Weight step sizes start from the weights,
@@ -34,7 +36,7 @@ def quantize_(model, config=None, **settings):
     unknown = [e for e in config.exclude if e not in names]
     if unknown:
         raise ValueError(f"exclude names no module: {', '.join(unknown)}")
-    if any(isinstance(m, (qnn._Quantized, qnn.IntegerWeight)) for m in names.values()):
+    if any(isinstance(m, (q.Quantizer, qnn.IntegerWeight)) for m in names.values()):
         raise ValueError("model is already quantized")
     layers = candidates.quantizable(model, config.exclude)
     if not layers:
@@ -75,7 +77,7 @@ def quantize_(model, config=None, **settings):
 
 
 def _quantized(layer, config):
-    kind = type(layer)
+    kind = next(kind for kind, form in qnn.QUANTIZED.items() if type(layer) in (kind, form))
     if getattr(layer, "sparse", False):
         raise ValueError(
             "an Embedding with sparse=True cannot be quantized: its gradient would be dense; use sparse=False"
@@ -93,6 +95,29 @@ def quantizers(model):
 def layers(model):
     """(name, layer) of the quantized layers, in the model's order."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, qnn._Quantized)]
+
+
+@contextlib.contextmanager
+def disabled(model, *names):
+    """Inside the block the quantizers pass on what they get: all, or those of the modules of these names and below.
+
+    For a layer's share of the loss in accuracy, say, or some epochs in floating point first. SAQ's and DoReFa's
+    weights are then those before their normalisation. ValueError for a name without quantizers.
+    """
+    found = []
+    for wanted in names or ("",):
+        own = [layer for name, layer in layers(model) if wanted == "" or candidates.within(name, wanted)]
+        of = [m for layer in own for m in quantizers(layer)]
+        if not of:
+            raise ValueError(f"{wanted or 'model'} has no quantizers that could be disabled")
+        found += [m for m in of if not m.off]
+    try:
+        for quantizer in found:
+            quantizer.off = True
+        yield
+    finally:
+        for quantizer in found:
+            quantizer.off = False
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class Quantizer(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.ones(rows)))
         # What _code makes of bits and sign, 0 before the start. A tensor, so that checkpoints carry it.
         self.register_buffer("state", torch.zeros(1, dtype=torch.uint8))
-        self.started, self.statistics = False, None
+        self.started, self.statistics, self.off = False, None, False
         self.seeds, self.stream, self.layer = None, 0, ""
         self.shift, self.shift_scale, self.listeners = None, None, []
 
@@ -84,6 +84,8 @@ class Quantizer(nn.Module):
     def forward(self, x):
         if self.statistics is not None and self.role == "activation":
             self.statistics.update(x)
+            return x
+        if self.off:
             return x
         if not self.started:
             self._start_from_batch(x)

@@ -427,3 +427,38 @@ def test_compiling_before_calibration_says_what_to_do():
     assert torch.equal(torch.compile(other, backend="eager")(batch()), plain.eval()(batch())), (
         "started by a copy"
     )
+
+
+def test_disabled_quantizers_pass_everything_on():
+    torch.manual_seed(1)
+    source = Net()
+    model, x = calibrated(model=copy.deepcopy(source), weight_bits=2, act_bits=2).eval(), batch()
+    want, quantized = source.eval()(x), model(x)
+    with qk.disabled(model):
+        assert torch.equal(model(x), want)
+        with qk.disabled(model, "stem", "body"):
+            assert torch.equal(model(x), want)
+        assert torch.equal(model(x), want), "the inner block leaves the outer one alone"
+    assert torch.equal(model(x), quantized)
+    with qk.disabled(model, "body"):
+        assert torch.equal(model.body[0].quantized_weight(), source.body[0].weight)
+        assert not torch.equal(model.up.quantized_weight(), source.up.weight)
+    for name in ("norm", "nothing"):
+        with pytest.raises(ValueError, match=f"{name} has no quantizers"), qk.disabled(model, name):
+            pass
+    with pytest.raises(KeyError), qk.disabled(model):
+        raise KeyError
+    assert torch.equal(model(x), quantized)
+
+
+def test_layers_made_by_hand_get_their_quantizers():
+    torch.manual_seed(1)
+    made = nn.Sequential(qk.nn.QuantConv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), qk.nn.QuantLinear(36, 3))
+    plain = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    plain.load_state_dict(made.state_dict())
+    with pytest.raises(ValueError, match="model has no quantizer: call qk.quantize_ first"):
+        qk.calibrate(made, [batch()])
+    outputs = [qk.calibrate(qk.quantize_(m, method="saq"), [batch()]).eval()(batch()) for m in (made, plain)]
+    assert torch.equal(*outputs)
+    with pytest.raises(ValueError, match="model is already quantized"):
+        qk.quantize_(made)

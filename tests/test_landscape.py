@@ -113,6 +113,26 @@ def test_other_images_or_another_criterion_are_measured_anew(net, tmp_path):
     assert other == sharpness.landscape(model, others, size=3) != first
 
 
+def test_given_directions_are_taken_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+    data = [(torch.randn(16, 4), torch.randint(0, 3, (16,)))]
+    towards = {name: b.state_dict()[name] - w for name, w in a.state_dict().items()}
+    found = sharpness.landscape(a, data, size=3, dimensions=1, directions=towards, out=tmp_path / "l.json")
+    for model, loss in zip((b, a), found.loss[::-1][:2], strict=True):
+        assert loss == pytest.approx(F.cross_entropy(model(data[0][0]), data[0][1]).item(), rel=1e-5)
+    other = {name: -t for name, t in towards.items()}
+    again = sharpness.landscape(a, data, size=3, dimensions=1, directions=[other], out=tmp_path / "l.json")
+    assert again.loss == pytest.approx(found.loss[::-1], rel=1e-5)
+    for wrong, message in (
+        ([towards, other], "must be 1 dict"),
+        ({"0.weight": towards["0.weight"]}, "0.bias is not as it should be"),
+        ({**towards, "2.bias": torch.zeros(2)}, "2.bias is not as it should be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharpness.landscape(a, data, size=3, dimensions=1, directions=wrong)
+
+
 def test_one_point_is_no_picture(net, tmp_path):
     with pytest.raises(ValueError, match="a picture needs a landscape of size >= 2, got size 1"):
         sharpness.landscape(*net, size=1).plot(tmp_path / "landscape.png")

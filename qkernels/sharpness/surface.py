@@ -47,7 +47,8 @@ class Landscape(Drawn):
 
 
 def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, dimensions=2, weights="latent",
-              parameters="weights", batches=None, seed=0, copies=8, how="auto", out=None, progress=None):  # fmt: skip
+              parameters="weights", batches=None, seed=0, directions=None, copies=8, how="auto", out=None,
+              progress=None):  # fmt: skip
     """The loss at w + a d0 (+ b d1), a and b on ``size`` points of [-span, span], d random and filter-normalised.
 
     d_f <- d_f ||w_f|| / ||d_f|| for every filter f; biases stay. BatchNorm's statistics, step sizes and clip
@@ -57,6 +58,8 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     Args:
         criterion: criterion(logits, target) -> mean loss of a batch. dimensions: 1 or 2.
         size: points per side; an odd one has the weights themselves in the middle. span: > 0.
+        directions: in place of random ones, and taken as they are: a dict of tensors by the weights' names, or a list
+            of as many as there are dimensions. Towards other weights: {name: other[name] - w for name, w in ...}.
         copies: grid points per pass over the loader. out: JSON file, written as the points come; continued
             if it is of the same call on the same weights, images and criterion. progress: called with
             ("landscape", points done, points).
@@ -79,9 +82,13 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     # What the weights themselves give tells other images and another criterion apart.
     (unperturbed,) = _evaluate(Copies(subject, [subject.values], how), data, criterion)
     settings |= {"unperturbed": [_finite(value) for value in unperturbed]}
-    zeros = [torch.zeros_like(w) for w in subject.values]
-    drawn = perturb(zeros, "normal", std=1.0, num=dimensions, seed=seed)
-    directions = [filter_normalized(d, subject.values) for d in drawn]
+    if directions is None:
+        zeros = [torch.zeros_like(w) for w in subject.values]
+        drawn = perturb(zeros, "normal", std=1.0, num=dimensions, seed=seed)
+        directions = [filter_normalized(d, subject.values) for d in drawn]
+    else:
+        directions = _given(directions, dimensions, subject)
+        settings["directions"] = [digest(d) for d in directions]
     at = [span * (2 * i / (size - 1) - 1) if size > 1 else 0.0 for i in range(size)]
     grid = [[a] for a in at] if dimensions == 1 else [[a, b] for a in at for b in at]
     found = _continued(out, settings)
@@ -117,6 +124,26 @@ def _evaluate(copies, data, criterion):
         loss = loss + torch.stack([criterion(y, target) for y in logits]).double() * share
         correct = correct + _accuracy(logits, target) * share
     return [list(point) for point in zip(loss.tolist(), correct.tolist(), strict=True)]
+
+
+def _given(directions, dimensions, subject):
+    """The user's directions as lists in the subject's order."""
+    given = [directions] if isinstance(directions, dict) else list(directions)
+    if len(given) != dimensions:
+        raise ValueError(f"directions must be {dimensions} dict(s), one per dimension, got {len(given)}")
+    lists = []
+    for direction in given:
+        wrong = [
+            name
+            for name, w in zip(subject.names, subject.values, strict=True)
+            if name not in direction or direction[name].shape != w.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"directions must hold tensors of the weights' shapes; {wrong[0]} is not as it should be"
+            )
+        lists.append([direction[name].to(w) for name, w in zip(subject.names, subject.values, strict=True)])
+    return lists
 
 
 def _accuracy(logits, target):
