@@ -1,10 +1,12 @@
 """The ops inside torch: opcheck, compile, vmap, autocast, activation checkpointing, export."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -111,6 +113,40 @@ def test_compile_with_inductor(fresh_dynamo):
     compiled = torch.compile(step, fullgraph=True)
     for shape in ((4, 6), (9, 6)):
         same_step(compiled, "axis", KEYWORDS["axis"], shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings", [{}, {"axis": 1}, {"group_size": 2}, {"offset": torch.tensor([0.1])}], ids=str
+)
+def test_inductor_fuses_the_formula_bit_for_bit(fresh_dynamo, settings, dtype):
+    """On the CPU the op is not in the graph; without a compiler around it, and on request, it is."""
+    x = testing.Case("fake_quantize", (6, 8, 10), dtype, "tensor", "contiguous", "plain").args()[0]
+    rows = {"axis": 8, "group_size": 240}.get(next(iter(settings), None), 1)
+    scale = torch.rand(rows).add(0.2)
+    upstream, found, graphs = torch.randn_like(x), [], []
+
+    def run(x, scale):
+        return qk.fake_quantize(x, scale, bits=4, grad_scale=0.3, **settings)
+
+    def keep(graph, example):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    for f in (run, torch.compile(run, fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in (x, scale)]
+        y = f(*leaves)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, upstream)))
+    (y, dx, dscale), (w, dw, dother) = found
+    assert torch.equal(w.nan_to_num(9.0), y.nan_to_num(9.0)) and torch.equal(
+        dw.nan_to_num(9.0), dx.nan_to_num(9.0)
+    )
+    torch.testing.assert_close(dother, dscale, rtol=1e-4, atol=1e-4, equal_nan=True)
+    for forced in (False, True):
+        torch._dynamo.reset()
+        with qk.use_backend("native") if forced else contextlib.nullcontext():
+            torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(x, scale)
+        assert ("qkernels.fake_quantize" in graphs.pop()) == forced
 
 
 def test_compiled_integers(fresh_dynamo):

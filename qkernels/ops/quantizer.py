@@ -35,14 +35,47 @@ backend.define(
 )
 
 
+def _serving(name, x, noise, quiet=()):
+    """Who computes an op: what ``backend`` says, but in a graph that is compiled for the CPU the formula itself.
+
+    A compiler puts it into the loops before and behind it: a step of resnet20 takes 0.7 of the time. Not on CUDA, where
+    compiled divisions are not exact, and not with noise, whose integers make long loops. ``quiet``: further kinds of
+    which this op draws nothing.
+    """
+    if (
+        noise in (noises.PLAIN, noises.SHIFT, *quiet)
+        and torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and x.device.type == "cpu"
+        and backend.forced() is None
+    ):
+        return getattr(reference, name)
+    return backend.op(name)
+
+
 class FakeQuantize(torch.autograd.Function):
     """Remembers its inputs, nothing else."""
 
     @staticmethod
     def forward(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max, grad_scale,
                 clip_only, ewgs, noise, a, b, stream):  # fmt: skip
-        y = backend.op("fake_quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max, noise, a, b, seed,
-                                        stream, shift, shift_scale)  # fmt: skip
+        run = _serving("fake_quantize", x, noise)
+        y = run(
+            x,
+            scale,
+            offset,
+            zero_point,
+            axis,
+            quant_min,
+            quant_max,
+            noise,
+            a,
+            b,
+            seed,
+            stream,
+            shift,
+            shift_scale,
+        )
         if axis == layout.FLAT and scale.numel() > 1:  # rows in logical order: y is contiguous, whatever x is
             y = layout.aligned(y, layout.dense(x))
         return y
@@ -80,8 +113,9 @@ class FakeQuantizeBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, x, scale, offset, zero_point, seed, axis, quant_min, quant_max, grad_scale, clip_only, ewgs,
                 noise, a, b, stream):  # fmt: skip
-        return backend.op("fake_quantize_backward")(grad, x, scale, offset, zero_point, axis, quant_min, quant_max,
-                                                    grad_scale, clip_only, ewgs, noise, a, b, seed, stream)  # fmt: skip
+        run = _serving("fake_quantize_backward", x, noise, quiet=(noises.TEMPERING, noises.AFTER))
+        return run(grad, x, scale, offset, zero_point, axis, quant_min, quant_max, grad_scale, clip_only, ewgs, noise,
+                   a, b, seed, stream)  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
