@@ -28,7 +28,7 @@ CSRC = ROOT / "csrc"
 WORK = ROOT / "build" / "native"
 MINIMUM_TORCH = "2.10"
 MINIMUM_NVCC = (12, 1)  # kernels take up to 32764 bytes of parameters
-DEFAULT_ARCHS = "80;90;100"
+DEFAULT_ARCHS = "75;80;90;100"  # T4; A100 and its kin; H100; B200 and, from its PTX, what follows
 ELEMENTS = "_elements" + sysconfig.get_config_var("EXT_SUFFIX")
 
 # No contraction and no fast-math: every backend rounds each operation alike. Giving up traps and errno
