@@ -15,7 +15,7 @@ def quantizable(model, exclude=()):
 def bare(module):
     """Whether it is one of qk.nn's layers that was made by hand and has no quantizer yet."""
     return (
-        isinstance(module, qnn._Quantized)
+        type(module) in qnn.QUANTIZED.values()
         and module.weight_quantizer is module.input_quantizer is None
         and module.weight is not None
     )

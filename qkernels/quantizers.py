@@ -49,8 +49,14 @@ class Quantizer(nn.Module):
         self.seeds, self.stream, self.layer = None, 0, ""
         self.shift, self.shift_scale, self.listeners = None, None, []
 
+    def __getstate__(self):
+        return {**self.__dict__, "off": False}  # a copy made inside qk.disabled is no part of the block
+
     def _apply(self, fn, recurse=True):
-        """model.bfloat16() and model.half() leave the grid in float32: a step of 1e-3 of it would round away."""
+        """model.bfloat16() and model.half() leave the grid in float32: a step of 1e-3 of it would round away.
+
+        fully_shard wants parameters of one dtype: shard the float32 model with a MixedPrecisionPolicy.
+        """
         return super()._apply(lambda t: at_least_float32(fn, t), recurse)
 
     def bounds(self):

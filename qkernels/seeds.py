@@ -38,9 +38,9 @@ class SeedSource:
             if place in self.past:
                 seed = self.past[place]
                 return torch.ops.qkernels.draw_seed(x) if seed is None else seed
-            if self.forgotten:
+            if self.forgotten and place is not None:
                 warnings.warn(
-                    "noise is computed again long after its forward: its seed is forgotten", stacklevel=2
+                    "noise is computed again long after its forward: its seed may be forgotten", stacklevel=2
                 )
         own = not self.held and not (again and self.seed is not None)
         drawn = own or self.seed is None or self.seed.device != x.device

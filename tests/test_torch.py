@@ -115,38 +115,47 @@ def test_compile_with_inductor(fresh_dynamo):
         same_step(compiled, "axis", KEYWORDS["axis"], shape)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(
     "settings", [{}, {"axis": 1}, {"group_size": 2}, {"offset": torch.tensor([0.1])}], ids=str
 )
-def test_inductor_fuses_the_formula_bit_for_bit(fresh_dynamo, settings, dtype):
-    """On the CPU the op is not in the graph; without a compiler around it, and on request, it is."""
+def test_compiled_quantizers_keep_their_bits(fresh_dynamo, settings, dtype):
+    """On the CPU inductor fuses the formula of float32 and float64; in 16 bits it would drop roundings in between."""
     x = testing.Case("fake_quantize", (6, 8, 10), dtype, "tensor", "contiguous", "plain").args()[0]
     rows = {"axis": 8, "group_size": 240}.get(next(iter(settings), None), 1)
-    scale = torch.rand(rows).add(0.2)
-    upstream, found, graphs = torch.randn_like(x), [], []
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, upstream, found = torch.rand(rows, dtype=compute).add(0.2), torch.randn_like(x), []
 
     def run(x, scale):
-        return qk.fake_quantize(x, scale, bits=4, grad_scale=0.3, **settings)
-
-    def keep(graph, example):
-        graphs.append(str(graph.graph))
-        return graph.forward
+        return qk.fake_quantize(x * 1.3, scale, bits=4, grad_scale=0.3, **settings) * 1.7
 
     for f in (run, torch.compile(run, fullgraph=True)):
         leaves = [t.clone().requires_grad_() for t in (x, scale)]
         y = f(*leaves)
         found.append((y.detach(), *torch.autograd.grad(y, leaves, upstream)))
-    (y, dx, dscale), (w, dw, dother) = found
-    assert torch.equal(w.nan_to_num(9.0), y.nan_to_num(9.0)) and torch.equal(
-        dw.nan_to_num(9.0), dx.nan_to_num(9.0)
-    )
-    torch.testing.assert_close(dother, dscale, rtol=1e-4, atol=1e-4, equal_nan=True)
-    for forced in (False, True):
-        torch._dynamo.reset()
-        with qk.use_backend("native") if forced else contextlib.nullcontext():
-            torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(x, scale)
-        assert ("qkernels.fake_quantize" in graphs.pop()) == forced
+    (y, dx, dscale), (w, dw, dother) = (tuple(t.nan_to_num(9.0) for t in ts) for ts in found)
+    assert torch.equal(w, y) and torch.equal(dw, dx)
+    torch.testing.assert_close(dother, dscale, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "dtype, forced, op",
+    [(torch.float32, None, False), (torch.float32, "native", True), (torch.bfloat16, None, True)],
+)
+def test_where_the_op_is_in_a_compiled_graph(fresh_dynamo, dtype, forced, op):
+    graphs = []
+
+    def keep(graph, example):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    def run(x, scale):
+        return qk.fake_quantize(x, scale, bits=4)
+
+    with qk.use_backend(forced) if forced else contextlib.nullcontext():
+        compiled = torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+        compiled(torch.ones(8, dtype=dtype), torch.ones(1))
+    assert ("qkernels.fake_quantize" in graphs.pop()) == op
 
 
 def test_compiled_integers(fresh_dynamo):

@@ -98,7 +98,7 @@ class SAM(torch.optim.Optimizer):
             warnings.warn(
                 f"base does not train the step sizes of {', '.join(dict.fromkeys(left))}: make it after quantize_, of "
                 "qk.param_groups(model, lr)",
-                stacklevel=3,
+                stacklevel=3 if type(self) is SAM else 4,
             )
 
     # --- the two passes ---

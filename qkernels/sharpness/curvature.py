@@ -12,7 +12,7 @@ from .data import Data
 from .subject import Subject, check_at_least, check_criterion
 
 _TOGETHER = 8  # vectors that share one graph of the gradient
-_ROOM = 20  # vectors of Lanczos' basis, beside two per eigenvalue
+_ROOM = 20  # vectors of Lanczos' basis
 
 
 @dataclass
@@ -106,7 +106,7 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
     """Top eigenvalues and trace of the Hessian of the mean loss over the whole loader, through the quantizers.
 
     Eigenvalues by Lanczos, until ||H v - lambda v|| <= tolerance |lambda| (then an eigenvalue is that near; the error
-    is usually of the order of tolerance^2): about a tenth of the products that power iteration takes. Trace by
+    is usually of the order of tolerance^2): a fraction of the products that power iteration takes. Trace by
     Hutchinson's estimator. ``weights="latent"`` differentiates twice through the weight quantizers, whose
     straight-through surrogate is piecewise linear: the Hessian of the loss as training sees it; "quantized"
     takes the quantized weights as the variables. Activation quantizers act in both.
@@ -131,12 +131,20 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
     if top > product.subject.count:
         raise ValueError(f"top must be at most {product.subject.count}, the number of parameters, got {top}")
     tell = progress or (lambda *_: None)
-    found = [], [], [], [], 0
-    if top:
-        start = product.random("normal", 1, seed)[0]
-        found = _largest(product, start, top, tolerance, top * iterations)
-        tell("eigenvalues", top, top)
-    values, residuals, converged, vectors, taken = found
+    found, vectors = [], []
+    for i in range(top):  # one after the other, for an eigenvalue may come several times
+        start = product.random("normal", 1, seed, first=i)[0]
+        value, residual, vector = _largest(product, start, vectors, tolerance, iterations)
+        found.append((value, residual))
+        vectors.append(vector)
+        tell("eigenvalues", i + 1, top)
+    order = sorted(range(top), key=lambda i: -abs(found[i][0]))
+    values, residuals = ([found[i][column] for i in order] for column in (0, 1))
+    least = 1e-3 * max(
+        map(abs, values), default=0.0
+    )  # what is zero beside the largest need not be known to its scale
+    converged = [r <= tolerance * max(abs(value), least) for value, r in zip(values, residuals, strict=True)]
+    vectors, taken = [vectors[i] for i in order], product.count
     parts = []  # of the samples: one number for each tensor
     while len(parts) < trace_samples:
         num = min(_TOGETHER, trace_samples - len(parts))
@@ -181,43 +189,39 @@ def spectral_density(model, loader, criterion=F.cross_entropy, probes=4, steps=4
     return _density(product, probes, steps, seed, progress or (lambda *_: None))
 
 
-def _largest(product, start, top, tolerance, limit):
-    """(values, residuals, whether converged, unit vectors, products) of the ``top`` eigenvalues largest in magnitude.
+def _largest(product, start, deflated, tolerance, limit):
+    """(value, residual, unit vector) of the eigenvalue largest in magnitude, off the deflated vectors.
 
-    Lanczos with full reorthogonalisation; where the basis is full, the best of it stays (thick restart). What is zero
-    beside the largest value need not be known to its own scale.
+    Lanczos with full reorthogonalisation; where the basis is full, the best of it stays (thick restart). The residual
+    is that of a product with the vector itself, for a Hessian that is not quite symmetric (EWGS) too.
     """
-    size, basis, matrix, taken = (
-        product.subject.count,
-        [_unit(start)],
-        torch.zeros(0, 0, dtype=torch.float64),
-        0,
-    )
-    room = min(2 * top + _ROOM, size)
+    v, _ = _split(start, deflated)
+    basis, matrix = [_unit(v)], torch.zeros(0, 0, dtype=torch.float64)
+    size, taken = product.subject.count - len(deflated), 1
     while True:
         w, taken = product([basis[-1]])[0], taken + 1
         along = torch.zeros(len(basis), dtype=torch.float64)
         for _ in range(2):
+            w, _ = _split(w, deflated)
             w, part = _split(w, basis)
             along += part
+        if not along.isfinite().all():
+            return math.nan, math.nan, basis[0]
         matrix = torch.nn.functional.pad(matrix, (0, 1, 0, 1))
         matrix[-1, :] = matrix[:, -1] = along
         values, vectors = torch.linalg.eigh(matrix)
         order = values.abs().argsort(descending=True)
         values, vectors = values[order], vectors[:, order]
         length = math.sqrt(_dot(w, w))
-        residuals = length * vectors[-1].abs()
-        good = residuals <= tolerance * values.abs().clamp(min=1e-3 * values[0].abs())
-        if (len(basis) >= top and good[:top].all()) or taken == limit or len(basis) == size:
-            columns = [column[:top].tolist() for column in (values, residuals, good)]
-            return *columns, [_combined(basis, vectors[:, i]) for i in range(len(columns[0]))], taken
-        if len(basis) == room:
-            kept = (top + room) // 2
+        best = values[0].abs().item()
+        if length * abs(vectors[-1, 0].item()) <= tolerance * best or taken >= limit or len(basis) == size:
+            v = _combined(basis, vectors[:, 0])
+            hv, _ = _split(product([v])[0], deflated)
+            off, (value,) = _split(hv, [v])
+            return value.item(), math.sqrt(_dot(off, off)), v
+        if len(basis) == _ROOM:
+            kept = (_ROOM + 1) // 2
             basis, matrix = [_combined(basis, vectors[:, i]) for i in range(kept)], torch.diag(values[:kept])
-        if length <= 1e-6 * values[0].abs():  # nothing new lies this way
-            w = product.random("normal", 1, taken)[0]
-            for _ in range(2):
-                w, _ = _split(_unit(w), basis)
         basis.append(_unit(w))
 
 

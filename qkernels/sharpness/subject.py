@@ -166,7 +166,7 @@ def check_choice(name, value, accepted):
 def check_criterion(criterion):
     """ValueError for one of torch's losses that does not give the mean of a batch."""
     reduction = getattr(criterion, "reduction", "mean")
-    if reduction != "mean":
+    if isinstance(criterion, nn.modules.loss._Loss) and reduction in ("sum", "none"):
         raise ValueError(
             f"criterion must give the mean loss of a batch, got one with reduction={reduction!r}"
         )

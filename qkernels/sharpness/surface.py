@@ -136,7 +136,7 @@ def _given(directions, dimensions, subject):
         wrong = [
             name
             for name, w in zip(subject.names, subject.values, strict=True)
-            if name not in direction or direction[name].shape != w.shape
+            if not isinstance(direction.get(name), torch.Tensor) or direction[name].shape != w.shape
         ]
         if wrong:
             raise ValueError(

@@ -33,7 +33,7 @@ def calibrate(model, data, config):
     if not images:
         return qk.calibrate(model, data.train, config["calibration_batches"])
     batches = _first(data.train, -(-images // distributed.world()))
-    return qk.calibrate(model, batches, len(batches))
+    return qk.calibrate(model, batches, max(len(batches), 1))
 
 
 def _first(batches, images):
@@ -43,7 +43,7 @@ def _first(batches, images):
         taken.append(x)
         if sum(map(len, taken)) >= images:
             break
-    return torch.cat(taken)[:images].tensor_split(len(taken))
+    return torch.cat(taken)[:images].tensor_split(len(taken)) if taken else []
 
 
 def _arguments(table):

@@ -112,7 +112,8 @@ def load_model(path, device="cpu"):
     path = Path(path)
     if path.is_file():
         data = path.read_bytes()
-        pickled = path.suffix in (".pt", ".pth") or data[:2] in (b"PK", b"\x80\x02")  # .pth.tar, .bin, ...
+        torch_save = data[:4] == b"PK\x03\x04" or data[:2] == b"\x80\x02"  # also named .pth.tar, .bin, ...
+        pickled = path.suffix in (".pt", ".pth") or (torch_save and data[8:9] != b"{")  # safetensors' header
         return (_read_state_dict if pickled else _read_tensors)(path, data, device)
     for folder in (path, path / "checkpoint"):
         if latest(folder) is not None:
