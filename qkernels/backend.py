@@ -102,7 +102,7 @@ def apply_function(function: type[torch.autograd.Function]):
 
     Where no gradient is wanted it is ``function.forward`` itself.
     Transforms and dual numbers get ``function.forward_mode``: torch.compile takes no Function that has a jvp.
-    Transforms belong outside of torch.compile: what is inside, torch differentiates through the rounding itself, to zero.
+    Transforms belong outside of torch.compile: inside, torch differentiates through the rounding itself, to zero.
     """
     if torch.compiler.is_compiling():
         return function.apply
