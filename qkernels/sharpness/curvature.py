@@ -140,9 +140,8 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
         tell("eigenvalues", i + 1, top)
     order = sorted(range(top), key=lambda i: -abs(found[i][0]))
     values, residuals = ([found[i][column] for i in order] for column in (0, 1))
-    least = 1e-3 * max(
-        map(abs, values), default=0.0
-    )  # what is zero beside the largest need not be known to its scale
+    # What is zero beside the largest need not be known to its own scale.
+    least = 1e-3 * max(map(abs, values), default=0.0)
     converged = [r <= tolerance * max(abs(value), least) for value, r in zip(values, residuals, strict=True)]
     vectors, taken = [vectors[i] for i in order], product.count
     parts = []  # of the samples: one number for each tensor
