@@ -21,10 +21,10 @@ def quantize_(model, config=None, **settings):
     qk.nn's layers that were made by hand get their quantizers.
 
     Parameters are shared, so state dict keys stay valid; an optimizer made before has the weights, but not the step
-    sizes: make it after, of ``param_groups``. Weight step sizes start from the weights,
-    activation step sizes from ``calibrate`` or the first training batch. Returns the model (a new module only where
-    the model itself is a layer). One warning names the layers with weights that stay in floating point and are not
-    excluded. ValueError: nothing to quantize, already quantized, an unknown name in exclude or overrides.
+    sizes: make it after, of ``param_groups``. Weight step sizes start from the weights, activation step sizes from
+    ``calibrate`` or the first training batch. Returns the model (a new module only where the model itself is a layer).
+    One warning names the layers with weights that stay in floating point and are not excluded. ValueError: nothing to
+    quantize, already quantized, an unknown name in exclude or overrides.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, QConfig | None):
         got = f"{type(model).__name__} and {type(config).__name__}"

@@ -144,8 +144,8 @@ def export_onnx(model, x, path):
     a value over a tie). It is exact, not fast: BatchNorm stays a node, behind which ONNX Runtime multiplies in float.
     Do not fuse BatchNorm into quantized layers (torch.nn.utils.fusion): their step sizes would not follow the weights.
     TensorRT asks for signed activations, QConfig(act_signed=True). Biases are added in nodes of their own, because ONNX
-    Runtime would round them to integers. ONNX Runtime 1.31 builds an invalid graph from
-    2-bit zero points ("asymmetric"), unless its session option session.disable_quant_qdq is "1".
+    Runtime would round them to integers. ONNX Runtime 1.31 builds an invalid graph from 2-bit zero points
+    ("asymmetric"), unless its session option session.disable_quant_qdq is "1".
 
     Args, as ``export_torch``. Returns: the opset version. Raises: ImportError naming qkernels[onnx]; otherwise as
     ``export_torch``, and ValueError where the model is not float32 or holds a grid that ONNX has no type for.

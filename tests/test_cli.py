@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+from timed import run
 
 from qkernels import cli
 
@@ -26,16 +27,6 @@ SMALL = [
     "--device",
     "cpu",
 ]
-
-
-def run(capsys, *argv):
-    """(exit code, stdout, stderr) of one command in this process."""
-    try:
-        code = cli.main([str(word) for word in argv])
-    except SystemExit as stop:
-        code = stop.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def command(monkeypatch, main):

@@ -56,16 +56,6 @@ def test_parameters_hooks_and_modes_stay():
     assert calls == ["stem", "up"] and model.mix.weight.grad is None
 
 
-def test_float_checkpoint_loads_with_only_the_quantizers_missing():
-    torch.manual_seed(5)
-    source = Net()
-    model = qk.quantize_(Net())
-    report = model.load_state_dict(source.state_dict(), strict=False)
-    assert not report.unexpected_keys
-    assert report.missing_keys and all("_quantizer." in name for name in report.missing_keys)
-    assert torch.equal(model.mix.weight, source.mix.weight)
-
-
 class Shared(nn.Module):
     """One layer under two names, and one parameter in two layers."""
 
@@ -92,24 +82,6 @@ def test_shared_modules_and_tied_weights():
     assert model.embed.weight.grad is not None
     y = model.eval()(x)
     assert torch.equal(qk.convert_(model)(x), y)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_copies_and_checkpoints_give_the_same_outputs(method, tmp_path):
-    model = calibrated(method=method).eval()
-    y = model(batch())
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(batch()), y)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.mul_(1.5)
-    assert torch.equal(model(batch()), y), "a copy shares nothing"
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    fresh = qk.quantize_(Net(), method=method)
-    fresh.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert torch.equal(fresh.eval()(batch()), y), (
-        "step sizes, signs and that they are set travel with the state"
-    )
 
 
 @pytest.mark.parametrize("name", ["first", "again", "again.layer"])
@@ -330,86 +302,6 @@ def test_a_quantized_layer_put_into_torchs_encoder_by_hand():
     with torch.no_grad():
         encoder(torch.randn(2, 3, 8))
     assert calls == [1]
-
-
-def test_weights_loaded_after_quantize_start_their_steps():
-    torch.manual_seed(5)
-    source = Net()
-    with torch.no_grad():
-        for p in source.parameters():
-            p.mul_(0.1)
-    model, other = qk.quantize_(Net()), qk.quantize_(copy.deepcopy(source))
-    model.load_state_dict(source.state_dict(), strict=False)
-    for (_, layer), (_, wanted) in zip(convert.layers(model), convert.layers(other), strict=True):
-        assert torch.equal(layer.weight_quantizer.scale, wanted.weight_quantizer.scale)
-    trained = calibrated(method="asymmetric").eval()
-    with torch.no_grad():
-        trained.stem.weight_quantizer.scale.mul_(1.5)
-    for state in (trained.state_dict(), dict(trained.named_parameters())):
-        other = calibrated(method="asymmetric").eval()
-        other.load_state_dict(state, strict=False)
-        assert torch.equal(other(batch()), trained(batch()))
-    other = calibrated()
-    before = other.stem.weight_quantizer.scale.clone()
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        other.load_state_dict({"stem.weight": torch.zeros(1)}, strict=False)
-    assert torch.equal(other.stem.weight_quantizer.scale, before)
-
-
-def test_averages_that_copy_integers_start_with_their_model():
-    """The state is an integer: they pass no number in between."""
-    model = qk.quantize_(Net(), act_signed=None)
-    average = copy.deepcopy(model).eval()
-    model.train()(batch())
-    for step in range(60):
-        for mine, other in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-            mine.lerp_(other, 0.2) if mine.is_floating_point() else mine.copy_(other)
-        if step in (0, 59):
-            average(batch())
-            signs = [
-                [layer.input_quantizer.signed for _, layer in convert.layers(m)] for m in (average, model)
-            ]
-            assert signs[0] == signs[1]
-
-
-@pytest.mark.parametrize("method", ["lsq", "asymmetric"])
-def test_a_checkpoint_of_other_bits_starts_anew(method):
-    saved = calibrated(method=method, weight_bits=8, act_bits=8).state_dict()
-    model = qk.quantize_(Net(), method=method, weight_bits=4, act_bits=4)
-    with pytest.warns(
-        UserWarning, match="step sizes of 8 bit were loaded where 4 bit are asked for: they start anew"
-    ):
-        model.load_state_dict(saved)
-    with pytest.raises(
-        RuntimeError, match="(LSQ|Asymmetric) of the activations of body.0 has no step size yet"
-    ):
-        model.eval()(batch())
-    model.train()(batch())
-    wanted = calibrated(method=method, weight_bits=4, act_bits=4)
-    for name in ("stem", "body.0", "head"):
-        layer, like = model.get_submodule(name), wanted.get_submodule(name)
-        assert torch.equal(layer.weight_quantizer.scale, like.weight_quantizer.scale), name
-    signed = model.stem.weight_quantizer.signed
-    old = {**saved, "stem.weight_quantizer.state": torch.tensor([2 if signed else 1], dtype=torch.uint8)}
-    same = qk.quantize_(Net(), method=method, weight_bits=8, act_bits=8)
-    same.load_state_dict(old)
-    assert same.stem.weight_quantizer.started, "a checkpoint that does not say its bits"
-
-
-def test_averages_of_buffers_leave_the_grid():
-    """An average of equal numbers is off by a rounding, and integers are cut off."""
-    model = calibrated(method="asymmetric").eval()
-    average = torch.optim.swa_utils.AveragedModel(
-        model, avg_fn=lambda average, value, _: 0.9995 * average + (1 - 0.9995) * value, use_buffers=True
-    )
-    for _ in range(20):
-        average.update_parameters(model)
-    for (_, layer), (_, own) in zip(convert.layers(average.module), convert.layers(model), strict=True):
-        for role in ("weight_quantizer", "input_quantizer"):
-            averaged, quantizer = getattr(layer, role), getattr(own, role)
-            assert torch.equal(averaged.grid()["zero_point"], quantizer.grid()["zero_point"])
-            averaged._adopt()
-            assert averaged.started and averaged.signed == quantizer.signed
 
 
 def test_compiling_before_calibration_says_what_to_do():

@@ -14,6 +14,7 @@ FIELDS = [
 
 
 def run(capsys, *argv):
+    """(exit code, stdout, stderr) of one command in this process."""
     try:
         code = cli.main([str(word) for word in argv])
     except SystemExit as stop:

@@ -143,7 +143,6 @@ _FOUR_STAGES = {
 }
 MODELS = {f"resnet{depth}": partial(_three_stages, depth=depth) for depth in (20, 32, 44, 56)}
 MODELS |= _FOUR_STAGES
-MODELS |= {
-    f"{name}_w16": partial(build, width=16) for name, build in _FOUR_STAGES.items()
-}  # QGen's, on CIFAR
+# QGen's, on CIFAR
+MODELS |= {f"{name}_w16": partial(build, width=16) for name, build in _FOUR_STAGES.items()}
 MODELS |= {f"preact_{name}": partial(build, pre_activation=True) for name, build in MODELS.items()}

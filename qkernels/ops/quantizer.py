@@ -40,8 +40,7 @@ def _serving(name, x, noise, quiet=()):
 
     A compiler puts it into the loops before and behind it: a step of resnet20 takes 0.7 of the time. Not in 16 bits,
     whose rounding between these loops is lost, not on CUDA, where compiled divisions are not exact, and not with noise,
-    whose integers make long loops. ``quiet``: further kinds of
-    which this op draws nothing.
+    whose integers make long loops. ``quiet``: further kinds of which this op draws nothing.
     """
     if (
         torch.compiler.is_compiling()
@@ -62,22 +61,8 @@ class FakeQuantize(torch.autograd.Function):
     def forward(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max, grad_scale,
                 clip_only, ewgs, noise, a, b, stream):  # fmt: skip
         run = _serving("fake_quantize", x, noise)
-        y = run(
-            x,
-            scale,
-            offset,
-            zero_point,
-            axis,
-            quant_min,
-            quant_max,
-            noise,
-            a,
-            b,
-            seed,
-            stream,
-            shift,
-            shift_scale,
-        )
+        y = run(x, scale, offset, zero_point, axis, quant_min, quant_max, noise, a, b, seed, stream, shift,
+                shift_scale)  # fmt: skip
         if axis == layout.FLAT and scale.numel() > 1:  # rows in logical order: y is contiguous, whatever x is
             y = layout.aligned(y, layout.dense(x))
         return y

@@ -149,7 +149,7 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
         num = min(_TOGETHER, trace_samples - len(parts))
         signs = product.random("sign", num, seed + 1, first=len(parts))
         for v, hv in zip(signs, product(signs), strict=True):
-            parts.append([_dot([s], [t]) for s, t in zip(v, hv, strict=True)])
+            parts.append(_dots(v, hv).tolist())
         tell("trace", len(parts), trace_samples)
     samples = [sum(part) for part in parts]
     mean, stderr = _mean(samples)
@@ -255,8 +255,13 @@ def _density(product, probes, steps, seed, tell):
     return Density(nodes, weights, probes)
 
 
+def _dots(a, b):
+    """The product of each pair of tensors."""
+    return torch.stack([(s.double() * t.double()).sum() for s, t in zip(a, b, strict=True)])
+
+
 def _dot(a, b):
-    return sum((s.double() * t.double()).sum() for s, t in zip(a, b, strict=True)).item()
+    return _dots(a, b).sum().item()
 
 
 def _unit(v):
@@ -268,8 +273,8 @@ def _split(v, basis):
     """(v without its parts along the basis, the parts' lengths)."""
     along = torch.zeros(len(basis), dtype=torch.float64)
     for i, b in enumerate(basis):
-        along[i] = _dot(v, b)
-        v = torch._foreach_sub(v, torch._foreach_mul(b, along[i].item()))
+        along[i] = length = _dot(v, b)
+        v = torch._foreach_sub(v, torch._foreach_mul(b, length))
     return list(v), along
 
 

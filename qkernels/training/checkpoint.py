@@ -245,9 +245,8 @@ def _read_tensors(path, data, device):
 
 def _read_state_dict(path, data, device):
     try:
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # timm and DeiT keep theirs beside the weights
+        # timm and DeiT keep their arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             value = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition("\n")[0]
