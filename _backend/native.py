@@ -1,7 +1,8 @@
 """Compiles csrc/ into qkernels/: which compilers, which flags, which files.
 
-The sources become up to three libraries: `_C_cpu.so` and `_C_cuda.so` (LibTorch stable ABI, no Python symbol,
-one file for every torch from MINIMUM_TORCH on) and `_elements` (pybind11, no torch). Environment variables:
+The sources become up to four libraries: `_C_cpu.so` and `_C_cuda.so` (LibTorch stable ABI, no Python symbol, one file
+for every torch from MINIMUM_TORCH on), `_elements` (pybind11, no torch), and `_eager` (the short way from Python to the
+ops, for the torch and the Python of this build alone, whose versions are in its name). Environment variables:
 
     QKERNELS_CPU     1 (default) or 0: compile nothing at all, a pure-Python install
     QKERNELS_CUDA    auto (default): the CUDA library where nvcc is (12.1 or later); 1: it must be there; 0: never
@@ -29,7 +30,8 @@ WORK = ROOT / "build" / "native"
 MINIMUM_TORCH = "2.10"
 MINIMUM_NVCC = (12, 1)  # kernels take up to 32764 bytes of parameters
 DEFAULT_ARCHS = "75;80;90;100"  # T4; A100 and its kin; H100; B200 and, from its PTX, what follows
-ELEMENTS = "_elements" + sysconfig.get_config_var("EXT_SUFFIX")
+EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+ELEMENTS = "_elements" + EXT_SUFFIX
 
 # No contraction and no fast-math: every backend rounds each operation alike. Giving up traps and errno
 # changes no result and lets g++ vectorise comparisons and rint.
@@ -39,7 +41,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false", f"-I{CSRC}"]
 NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 TORCH_LIBRARIES = ["torch_cpu", "torch", "c10"]
 TORCH_CUDA_LIBRARIES = ["torch_cuda", "c10_cuda"]
-
+TORCH_PYTHON_LIBRARIES = ["torch_python"]
 
 NINJA_RULES = """\
 rule compile
@@ -57,12 +59,16 @@ class BuildError(SystemExit):
 
 
 class Step(NamedTuple):
-    """One command: `output` from `inputs`; a compilation also writes `output`.d, the headers it read."""
+    """One command: `output` from `inputs`; a compilation also writes `output`.d, the headers it read.
+
+    Without what is not `needed` the build is a slower one, but a build.
+    """
 
     output: Path
     inputs: list
     command: list
     compiles: bool = True
+    needed: bool = True
 
 
 def say(text):
@@ -80,16 +86,16 @@ def wanted():
     return setting("QKERNELS_CPU", "1", ("1", "0")) == "1"
 
 
-def torch_include():
-    """The include folder of a torch >= MINIMUM_TORCH, or None; torch is not imported."""
+def find_torch():
+    """(include folder, version) of a torch >= MINIMUM_TORCH, or None; torch is not imported."""
     roots = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     roots += site.getsitepackages([sys.prefix, sys.base_prefix])
     roots += [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
     for package in (Path(root or ".") / "torch" for root in roots):
         if (package / "include/torch/csrc/stable/library.h").exists() and (package / "version.py").exists():
-            version = re.search(r"__version__ = '(\d+)\.(\d+)", (package / "version.py").read_text())
-            if version and tuple(map(int, version.groups())) >= tuple(map(int, MINIMUM_TORCH.split("."))):
-                return package / "include"
+            version = re.search(r"__version__ = '((\d+)\.(\d+)[^']*)'", (package / "version.py").read_text())
+            if version and tuple(map(int, version.groups()[1:])) >= tuple(map(int, MINIMUM_TORCH.split("."))):
+                return package / "include", version[1]
     return None
 
 
@@ -164,15 +170,25 @@ def gencode(archs):
     return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
-def torch_flags():
-    include = torch_include()
-    if not include:
+def torch_flags(stable=True):
+    found = find_torch()
+    if not found:
         raise BuildError(
             f"no torch >= {MINIMUM_TORCH} in {sys.prefix}: install it first, or set QKERNELS_CPU=0"
         )
+    include, _ = found
     major, minor = map(int, MINIMUM_TORCH.split("."))
-    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
-    return [target, "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+    target = [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"] if stable else []
+    return [*target, "-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+
+
+def python_flags():
+    """Where Python.h is, or None with a word: distributions keep it in a package of its own."""
+    include = Path(sysconfig.get_path("include"))
+    if (include / "Python.h").exists():
+        return ["-isystem", str(include)]
+    say(f"no Python.h in {include} (python3-dev has it): _eager and _elements are left out")
+    return None
 
 
 def compile_step(compiler, flags, source, work):
@@ -190,7 +206,8 @@ def link_steps(linker, objects, output, libraries, cxx, flag="-Wl,"):
         command = [*cxx, *empty, f"-Wl,-soname,{stub.name}", "-o", str(stub)]
         stubs.append(Step(stub, [], command, compiles=False))
     needed = [f"{flag}--no-as-needed", f"-L{folder}", *(f"-l{name}" for name in libraries)]
-    command = [*linker, "-shared", *map(str, objects), *(needed if stubs else []), "-o", str(output)]
+    soname = f"{flag}-soname,{output.name}" if flag == "-Wl," else f"{flag}-soname={output.name}"
+    command = [*linker, "-shared", soname, *map(str, objects), *(needed if stubs else []), "-o", str(output)]
     return [*stubs, Step(output, [*objects, *(stub.output for stub in stubs)], command, compiles=False)]
 
 
@@ -216,7 +233,20 @@ def cuda_steps(cxx, nvcc, archs, work, extra):
     return steps + link_steps(linker, objects, output, libraries, cxx, flag="-Xlinker=")
 
 
-def elements_steps(cxx, work):
+def eager_steps(cxx, work, python):
+    """Finds _C_cpu.so beside itself, whose loops it calls. Other torches may not have all it asks of this one."""
+    sources, flags = sorted((CSRC / "eager").glob("*.cpp")), [*CXX_FLAGS, *torch_flags(stable=False), *python]
+    if not sources:
+        return []
+    steps = [compile_step(cxx, flags, source, work) for source in sources]
+    objects = [*(step.output for step in steps), work / "lib/_C_cpu.so"]
+    output = work / "lib" / f"_eager.torch-{find_torch()[1]}{EXT_SUFFIX}"
+    linker = [*cxx, "-Wl,-rpath,$ORIGIN"]
+    steps += link_steps(linker, objects, output, [*TORCH_LIBRARIES, *TORCH_PYTHON_LIBRARIES], cxx)
+    return [step._replace(needed=step.output.name.startswith("lib")) for step in steps]
+
+
+def elements_steps(cxx, work, python):
     source = CSRC / "elements.cpp"
     try:
         import pybind11
@@ -225,8 +255,7 @@ def elements_steps(cxx, work):
         return []
     if not source.exists():
         return []
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    flags = [*CXX_FLAGS, *(word for include in includes for word in ("-isystem", include))]
+    flags = [*CXX_FLAGS, "-isystem", pybind11.get_include(), *python]
     step = compile_step(cxx, flags, source, work)
     return [step, *link_steps(cxx, [step.output], work / "lib" / ELEMENTS, [], cxx)]
 
@@ -244,8 +273,10 @@ def plan():
             "no C++20 compiler: pure Python, the ops run on plain PyTorch and Triton (install g++, or set CXX)"
         )
         return []
-    nvcc = find_nvcc()
-    steps = [*cpu_steps(cxx, WORK), *elements_steps(cxx, WORK)]
+    nvcc, python = find_nvcc(), python_flags()
+    steps = cpu_steps(cxx, WORK)
+    if python:
+        steps += [*eager_steps(cxx, WORK, python), *elements_steps(cxx, WORK, python)]
     if nvcc and any((CSRC / "cuda").glob("*.cu")):
         steps += cuda_steps(cxx, nvcc, cuda_archs(nvcc), WORK, extra=["-t", "2"])
     # The two torch libraries share stubs.
@@ -269,18 +300,18 @@ def write_ninja(steps, path):
 def run_ninja(steps):
     """Run what is out of date; without ninja, everything. The compiler's own messages go to the terminal."""
     path = WORK / "build.ninja"
-    write_ninja(steps, path)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
     ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if not ninja:
         say("no ninja: compiling everything again")
         return run_all(steps, int(jobs))
+    write_ninja(steps, path)
     if subprocess.run([ninja, "-C", str(ROOT), "-f", str(path), "-j", jobs]).returncode:
         raise BuildError("qkernels: the build failed; the compiler's message stands above")
 
 
 def run_all(steps, jobs):
-    """Run every step, compilations and stubs before links; returns what each printed."""
+    """Run every step after those that make its inputs; returns what each printed."""
 
     def run(step):
         step.output.parent.mkdir(parents=True, exist_ok=True)
@@ -289,11 +320,28 @@ def run_all(steps, jobs):
             raise BuildError(f"{shlex.join(step.command)}\n{done.stderr}qkernels: the build failed")
         return done.stdout + done.stderr
 
+    printed, waiting = [], list(steps)
     with ThreadPoolExecutor(jobs) as pool:
-        outputs = {step.output for step in steps}
-        first = [step for step in steps if not outputs.intersection(step.inputs)]
-        second = [step for step in steps if outputs.intersection(step.inputs)]
-        return [*pool.map(run, first), *pool.map(run, second)]
+        while waiting:
+            outputs = {step.output for step in waiting}
+            ready = [step for step in waiting if not outputs.intersection(step.inputs)]
+            printed += pool.map(run, ready)
+            waiting = [step for step in waiting if step not in ready]
+    return printed
+
+
+def run_possible(steps):
+    """Run the steps, or those that are needed where they do not all succeed; returns those that ran."""
+    needed = [step for step in steps if step.needed]
+    try:
+        run_ninja(steps)
+    except BuildError:
+        if needed == steps:
+            raise
+        say("trying without _eager (calls from Python take longer without it)")
+        run_ninja(needed)
+        return needed
+    return steps
 
 
 def build(package):
@@ -304,14 +352,14 @@ def build(package):
         # Two builds at once, from two terminals, would write the same files.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if steps:
-            run_ninja(steps)
+            steps = run_possible(steps)
         return install([step.output for step in steps if step.output.parent == WORK / "lib"], package)
 
 
 def install(libraries, package):
     package.mkdir(parents=True, exist_ok=True)
     names = {path.name for path in libraries}
-    for old in [*package.glob("_C_*.so"), *package.glob("_elements*.so")]:
+    for old in [*package.glob("_C_*.so"), *package.glob("_elements*.so"), *package.glob("_eager*.so")]:
         if old.name not in names:
             old.unlink()
     for path in libraries:

@@ -11,7 +11,7 @@ from setuptools.build_meta import *  # noqa: F403
 
 
 def _torch():
-    return [] if native.torch_include() or not native.wanted() else [f"torch>={native.MINIMUM_TORCH}"]
+    return [] if native.find_torch() or not native.wanted() else [f"torch>={native.MINIMUM_TORCH}"]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
-from . import reference
+from . import eager, reference
 
 BACKENDS = ("native", "triton", "reference")
 LIBRARIES = {"cpu": "_C_cpu.so", "cuda": "_C_cuda.so"}
@@ -69,6 +69,8 @@ def load() -> None:
         for name in SCHEMAS:
             if not _registered(name, "cuda"):  # an op composed of others leaves the choice to them
                 library.impl(name, _lazy_triton(name), "CUDA")
+    if "cpu" not in why_not:
+        eager.load()
 
 
 def has_triton() -> bool:
@@ -97,10 +99,10 @@ def op(name: str):
     return getattr(reference, name) if _forced == "reference" else _lazy_triton(name)
 
 
-def apply_function(function: type[torch.autograd.Function]):
+def apply_function(function: type[torch.autograd.Function], short: str | None = None):
     """``function.apply``, without its inspection of the signature (most of a small call) where nothing needs it.
 
-    Where no gradient is wanted it is ``function.forward`` itself.
+    ``short`` names the same function in the eager library. Where no gradient is wanted it is ``function.forward``.
     Transforms and dual numbers get ``function.forward_mode``: torch.compile takes no Function that has a jvp.
     Transforms belong outside of torch.compile: inside, torch differentiates through the rounding itself, to zero.
     """
@@ -108,6 +110,8 @@ def apply_function(function: type[torch.autograd.Function]):
         return function.apply
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return getattr(function, "forward_mode", function).apply
+    if short and eager.library is not None and _forced in (None, "native"):
+        return getattr(eager.library, short)
     if not torch.is_grad_enabled():
         return function.forward
     return super(torch.autograd.Function, function).apply
@@ -121,18 +125,27 @@ def use_backend(name: str):
     or the reference answers (``serves`` and ``qkernels doctor`` tell).
     ValueError for another name; RuntimeError where there is no native library at all, or no Triton.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "native" and set(why_not) == set(LIBRARIES):
         raise RuntimeError(f"backend 'native' is not available: {why_not['cpu']}")
     if name == "triton" and not has_triton():
         raise RuntimeError("backend 'triton' is not available: install qkernels[triton]")
-    previous, _forced = _forced, name
+    previous = _forced
     try:
+        _force(name)
         yield
     finally:
-        _forced = previous
+        _force(previous)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    _forced = name
+    if (
+        eager.library is not None
+    ):  # graphs made outside of the block are gone through by the block's backend as well
+        eager.library.leave_backward(name not in (None, "native"))
 
 
 def forced() -> str | None:
@@ -150,9 +163,8 @@ def serves(name: str, device: str) -> str:
 
 
 def _force_from_environment() -> None:
-    global _forced
     name = os.environ.get("QKERNELS_BACKEND", "")
     if name and name != "auto":
         with use_backend(name):
             pass
-        _forced = name
+        _force(name)

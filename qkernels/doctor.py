@@ -21,7 +21,7 @@ def report():
     import torch
 
     import qkernels
-    from qkernels import backend
+    from qkernels import backend, eager
 
     folder = Path(qkernels.__file__).parent
     lines = [
@@ -40,6 +40,7 @@ def report():
     lines.append(
         f"_elements (NumPy): {'built' if elements else 'not built (pybind11 or a compiler was missing)'}"
     )
+    lines.append(f"_eager (less time from Python to an op): {eager.why_not or 'loaded'}")
     devices = ("cpu", "cuda")
     lines += ["", f"{'op':<32}" + "".join(f"{d:<12}" for d in devices)]
     for name in sorted(backend.SCHEMAS):

@@ -58,7 +58,7 @@ def unknown_symbols(library):
     undefined = subprocess.run([*nm, "-u", str(library)], capture_output=True, text=True, check=True).stdout
     # A version suffix (name@GLIBC_2.14) marks a system library; weak symbols (w) may stay undefined.
     names = {line.split()[0] for line in undefined.splitlines() if "@" not in line and line.split()[1] == "U"}
-    folder = native.torch_include().parent / "lib"
+    folder = native.find_torch()[0].parent / "lib"
     for path in (folder / "libtorch_cpu.so", folder / "libc10.so"):
         defined = subprocess.run(
             [*nm, "--defined-only", str(path)], capture_output=True, text=True, check=True

@@ -175,7 +175,7 @@ def test_without_compiler_one_line_and_stale_libraries_go(
 ):
     target = project / "package"
     target.mkdir()
-    for stale in ("_C_cpu.so", "_C_cuda.so", native.ELEMENTS):
+    for stale in ("_C_cpu.so", "_C_cuda.so", native.ELEMENTS, f"_eager.torch-2.9.0{native.EXT_SUFFIX}"):
         (target / stale).touch()
     (target / "kept.so").touch()
     monkeypatch.setenv(name, value)
@@ -283,13 +283,13 @@ def test_hook_asks_for_torch_only_where_none_is_new_enough(native, monkeypatch, 
     monkeypatch.setattr(native.site, "getsitepackages", lambda prefixes: [])
     monkeypatch.setattr(native.site, "ENABLE_USER_SITE", False)
     monkeypatch.setattr(native.sys, "path", [])
-    assert native.torch_include() == (torch / "include" if accepted else None)
+    assert native.find_torch() == ((torch / "include", version) if accepted else None)
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "native", native)
     spec = importlib.util.spec_from_file_location("qk_build", ROOT / "_backend" / "qk_build.py")
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
-    monkeypatch.setattr(native, "torch_include", lambda: accepted or None)
+    monkeypatch.setattr(native, "find_torch", lambda: accepted or None)
     assert hook._torch() == ([] if accepted else ["torch>=2.10"])
 
 

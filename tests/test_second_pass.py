@@ -128,7 +128,7 @@ def test_an_interrupt_amid_the_exchange_restores_every_parameter(at, monkeypatch
     optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))
     train(net, optimizer, batches(1))
     before = [(p.data_ptr(), p.detach().clone()) for p in net.parameters()]
-    original, count = second_pass._set_data, []
+    original, count = second_pass.eager.set_data, []
 
     def interrupted(params, tensors):
         for p, t in zip(params, tensors):
@@ -137,7 +137,7 @@ def test_an_interrupt_amid_the_exchange_restores_every_parameter(at, monkeypatch
                 raise KeyboardInterrupt
             original([p], [t])
 
-    monkeypatch.setattr(second_pass, "_set_data", interrupted)
+    monkeypatch.setattr(second_pass.eager, "set_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(net, optimizer, batches(1))
     assert all(p.data_ptr() == d and torch.equal(p, w) for p, (d, w) in zip(net.parameters(), before))

@@ -36,14 +36,14 @@ QK_CLONES double squares(const S* x, const S* w, double eta, int64_t count) {
 
 }  // namespace
 
-std::vector<double> list_squares(const Pieces& pieces, const Tensors& tensors, const Tensors& weights, double eta) {
+std::vector<double> list_squares(const Pieces& pieces, const Flats& tensors, const Flats& weights, double eta) {
   std::vector<double> partial(pieces.list.size()), each(tensors.size(), 0.0);
   pieces.each(1, [&](int64_t i) {
     const Piece& piece = pieces.list[i];
     const int64_t t = piece.tensor, begin = piece.begin, end = piece.end;
-    with_storage(tensors[t].scalar_type(), [&](auto storage) {
+    with_storage(tensors[t].type, [&](auto storage) {
       using S = decltype(storage);
-      const S *x = static_cast<const S*>(tensors[t].const_data_ptr()), *w = static_cast<const S*>(address(weights, t));
+      const S *x = static_cast<const S*>(tensors[t].data), *w = static_cast<const S*>(address(weights, t));
       partial[i] = squares(x + begin, w ? w + begin : nullptr, eta, end - begin);
     });
   });
@@ -85,7 +85,8 @@ QK_CLONES Products products(const S* a, const S* b, int64_t count) {
 std::tuple<Tensor, Tensor> multi_norm_cpu(const Tensors& tensors_, const Tensors& weights_, double eta) {
   STD_TORCH_CHECK(!tensors_.empty(), "qkernels: tensors is empty");
   const Tensors tensors = dense_all(tensors_), weights = in_order(weights_, tensors, "weights");
-  const std::vector<double> each = list_squares(Pieces(tensors), tensors, weights, eta);
+  const Flats flats = flat(tensors);
+  const std::vector<double> each = list_squares(Pieces(flats), flats, flat(weights), eta);
   Tensor norm = allocate(tensors[0], 1, ScalarType::Double);
   Tensor norms = allocate(tensors[0], int64_t(each.size()), ScalarType::Double);
   *static_cast<double*>(norm.mutable_data_ptr()) = norm_of(each);
@@ -98,14 +99,15 @@ Tensor multi_dot_cpu(const Tensors& a_, const Tensors& b_) {
   STD_TORCH_CHECK(!a_.empty(), "qkernels: a is empty");
   const Tensors a = dense_all(a_), b = in_order(b_, a, "b");
   STD_TORCH_CHECK(!b.empty(), "qkernels: b is empty");
-  const Pieces pieces(a);
+  const Flats first = flat(a), second = flat(b);
+  const Pieces pieces(first);
   std::vector<Products> partial(pieces.list.size());
   pieces.each(2, [&](int64_t i) {
     const Piece& piece = pieces.list[i];
     const int64_t t = piece.tensor, begin = piece.begin, end = piece.end;
-    with_storage(a[t].scalar_type(), [&](auto storage) {
+    with_storage(first[t].type, [&](auto storage) {
       using S = decltype(storage);
-      const S *x = static_cast<const S*>(a[t].const_data_ptr()), *y = static_cast<const S*>(b[t].const_data_ptr());
+      const S *x = static_cast<const S*>(first[t].data), *y = static_cast<const S*>(second[t].data);
       partial[i] = products(x + begin, y + begin, end - begin);
     });
   });

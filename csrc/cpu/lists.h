@@ -5,10 +5,12 @@
 // thread and on many.
 #pragma once
 #include "cpu/arguments.h"
+#include "cpu/flat.h"
 
 namespace qk {
 
 using Tensors = std::vector<Tensor>;
+using Flats = std::vector<Flat>;
 
 constexpr int64_t kPiece = 16384;
 constexpr int64_t kPieceCost = 256;  // elements whose time goes into beginning a piece
@@ -23,9 +25,9 @@ struct Pieces {
   std::vector<int64_t> before;
   int64_t cost = 0;
 
-  explicit Pieces(const Tensors& tensors) {
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      const int64_t numel = tensors[t].numel();
+  explicit Pieces(const Flats& flats) {
+    for (size_t t = 0; t < flats.size(); ++t) {
+      const int64_t numel = flats[t].numel;
       for (int64_t i = 0; i < numel; i += kPiece) {
         const int64_t end = std::min(i + kPiece, numel);
         list.push_back({int64_t(t), i, end});
@@ -82,10 +84,18 @@ inline Tensors dense_all(const Tensors& list) {
   return result;
 }
 
-inline const void* address(const Tensors& list, int64_t t) { return list.empty() ? nullptr : list[t].const_data_ptr(); }
+// The elements of dense tensors.
+inline Flats flat(const Tensors& list) {
+  Flats result;
+  result.reserve(list.size());
+  for (const Tensor& t : list) result.push_back({t.scalar_type(), t.numel(), t.const_data_ptr()});
+  return result;
+}
+
+inline const void* address(const Flats& list, int64_t t) { return list.empty() ? nullptr : list[t].data; }
 
 // The sum of the squares of each tensor, or of (|w| + eta) times it, in the order of its pieces.
-std::vector<double> list_squares(const Pieces& pieces, const Tensors& tensors, const Tensors& weights, double eta);
+std::vector<double> list_squares(const Pieces& pieces, const Flats& tensors, const Flats& weights, double eta);
 double norm_of(const std::vector<double>& squares);
 
 }  // namespace qk

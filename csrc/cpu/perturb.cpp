@@ -179,22 +179,27 @@ void check_alike(const Tensors& out, const Tensors& params) {
   }
 }
 
-// All copies of all parameters; the lists are dense and in one memory order.
-void write_copies(const Pieces& pieces, const Tensors& out, const Tensors& params, const Tensors& directions,
-                  const Tensors& points, int64_t move, Plan& plan) {
-  std::vector<void*> targets;
-  targets.reserve(out.size());
-  for (const Tensor& t : out) targets.push_back(t.mutable_data_ptr());
+std::vector<void*> addresses(const Tensors& out) {
+  std::vector<void*> result;
+  result.reserve(out.size());
+  for (const Tensor& t : out) result.push_back(t.mutable_data_ptr());
+  return result;
+}
+
+// All copies of all parameters.
+void write_copies(const Pieces& pieces, void* const* out, const Flats& params, const Flats& directions,
+                  const Flats& points, int64_t move, Plan& plan) {
   const int64_t count = int64_t(params.size()), copies = int64_t(plan.numbers.size());
   int64_t bytes = 0;
-  for (const Tensor& w : params) bytes += copies * w.numel() * int64_t(w.element_size());
+  for (const Flat& w : params) {
+    with_storage(w.type, [&](auto storage) { bytes += copies * w.numel * int64_t(sizeof(storage)); });
+  }
   plan.streamed = bytes >= kStreamed;
   const auto write = [&](int64_t i) {
     const Piece& piece = pieces.list[i];
     const int64_t t = piece.tensor, begin = piece.begin, end = piece.end;
-    const Task task{
-        params[t].const_data_ptr(), address(directions, t), address(points, t), &targets[t], count, t, begin, end};
-    with_storage(params[t].scalar_type(), [&](auto storage) {
+    const Task task{params[t].data, address(directions, t), address(points, t), &out[t], count, t, begin, end};
+    with_storage(params[t].type, [&](auto storage) {
       with_kind<kMoves>(move,
                         [&](auto chosen) { perturb_piece<decltype(chosen)::value, decltype(storage)>(task, plan); });
     });
@@ -215,10 +220,21 @@ void multi_perturb_cpu(const Tensors& out, const Tensors& params_, const Tensors
   STD_TORCH_CHECK(out.size() == params.size() * plan.numbers.size(),
                   "qkernels: out must have one tensor per copy and parameter");
   check_alike(out, params);
-  write_copies(Pieces(params), out, params, directions, points, move, plan);
+  const Flats flats = flat(params);
+  write_copies(Pieces(flats), addresses(out).data(), flats, flat(directions), flat(points), move, plan);
 }
 
-// The norm and the copies in one call: a small list costs as much to hand over as to compute.
+// The copies at distance rho along the directions, whose length is given or computed here: a small list costs as much
+// to hand over as to compute.
+void climb(void* const* out, const Flats& params, const Flats& directions, std::optional<double> length, double rho,
+           std::optional<double> eta) {
+  const Pieces pieces(params);
+  const double floor = eta.value_or(0.0);
+  if (!length) length = norm_of(list_squares(pieces, directions, eta ? params : Flats(), floor));
+  Plan plan{{{finite_or_zero(rho / *length), finite_or_zero(floor), 0.0}}, 0, 0, false};
+  write_copies(pieces, out, params, directions, {}, eta ? kAdaptive : kAlong, plan);
+}
+
 void multi_climb_cpu(const Tensors& out, const Tensors& params_, const Tensors& directions_, const MaybeTensor& norm,
                      double rho, std::optional<double> eta) {
   STD_TORCH_CHECK(!params_.empty() && out.size() == params_.size(), "qkernels: out must have one tensor per parameter");
@@ -226,12 +242,9 @@ void multi_climb_cpu(const Tensors& out, const Tensors& params_, const Tensors& 
   check_alike(out, params);
   const Tensors directions = in_order(directions_, params, "directions");
   STD_TORCH_CHECK(!directions.empty(), "qkernels: directions is empty");
-  const Pieces pieces(params);
-  const double length =
-      norm ? *static_cast<const double*>(row_values(*norm, ScalarType::Double, 1, "norm").const_data_ptr())
-           : norm_of(list_squares(pieces, directions, eta ? params : Tensors(), eta.value_or(0.0)));
-  Plan plan{{{finite_or_zero(rho / length), finite_or_zero(eta.value_or(0.0)), 0.0}}, 0, 0, false};
-  write_copies(pieces, out, params, directions, {}, eta ? kAdaptive : kAlong, plan);
+  std::optional<double> length;
+  if (norm) length = *static_cast<const double*>(row_values(*norm, ScalarType::Double, 1, "norm").const_data_ptr());
+  climb(addresses(out).data(), flat(params), flat(directions), length, rho, eta);
 }
 
 }  // namespace
@@ -242,3 +255,9 @@ STABLE_TORCH_LIBRARY_IMPL(qkernels, CPU, m) {
 }
 
 }  // namespace qk
+
+void qkernels_climb(void* const* out, const qk::Flat* params, const qk::Flat* directions, int64_t count, double rho,
+                    const double* eta) {
+  qk::climb(out, {params, params + count}, {directions, directions + count}, {}, rho,
+            eta ? std::optional(*eta) : std::nullopt);
+}

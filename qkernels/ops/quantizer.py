@@ -74,10 +74,7 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        run = FakeQuantizeBackward.forward
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            run = backend.apply_function(FakeQuantizeBackward)
-        dx, dscale, doffset = run(grad, *ctx.saved_tensors, *ctx.settings)
+        dx, dscale, doffset = gradients(grad, *ctx.saved_tensors, *ctx.settings)
         return (dx, dscale, doffset if ctx.needs_input_grad[2] else None, *[None] * 14)
 
     @staticmethod
@@ -92,6 +89,14 @@ class FakeQuantize(torch.autograd.Function):
             batch.rows(zero_point, dims[3]), seed, batch.elements(shift, dims[5]), shift_scale, batch.axis, *rest
         )  # fmt: skip
         return batch.split(y), 0
+
+
+def gradients(*inputs):
+    """(dx, dscale, doffset), to be differentiated again where that is asked for."""
+    run = FakeQuantizeBackward.forward
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        run = backend.apply_function(FakeQuantizeBackward)
+    return run(*inputs)
 
 
 class FakeQuantizeBackward(torch.autograd.Function):
@@ -308,7 +313,9 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
         kind, seed = noises.SHIFT, None
     else:
         seed = None
-    run = backend.apply_function(FakeQuantize)
+    # Rows in logical order of an x in another one: the output is brought back to x's, by Python.
+    brought = axis == layout.FLAT and scale.numel() > 1 and not x.is_contiguous()
+    run = backend.apply_function(FakeQuantize, None if brought else "fake_quantize")
     return run(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max,
                               float(grad_scale), bool(clip_only), float(ewgs), kind, a, b, int(stream))  # fmt: skip
 

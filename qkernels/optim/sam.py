@@ -9,8 +9,8 @@ import warnings
 import torch
 from torch import nn
 
+from .. import eager, ops, quantizers
 from .. import nn as qnn
-from .. import ops, quantizers
 from . import lists
 from .second_pass import Exchange, Statistics
 
@@ -149,15 +149,17 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError("first_step was called twice: call second_step, or restore, in between")
         first = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params, gradients, sparse = eager.with_gradients(group["params"])
+            if sparse:
+                raise RuntimeError(
+                    "sparse gradients are not supported: make the embedding dense (sparse=False)"
+                )
             if params:
-                first.append((group["rho"], params, [p.grad for p in params]))
+                first.append((group["rho"], params, gradients))
         if not first:
             raise RuntimeError(
                 "no parameter has a gradient: run backward before first_step, or in the closure"
             )
-        if any(g.is_sparse for _, _, gradients in first for g in gradients):
-            raise RuntimeError("sparse gradients are not supported: make the embedding dense (sparse=False)")
         self._stage, self._first, due = "second", first, self._due()
         if due:
             try:
@@ -168,8 +170,7 @@ class SAM(torch.optim.Optimizer):
                 raise
             self._keep_gradients()
             for _, params, _ in first:
-                for p in params:
-                    p.grad = None
+                eager.clear_gradients(params)
         return due
 
     def _keep_gradients(self):
@@ -245,10 +246,9 @@ class SAM(torch.optim.Optimizer):
     def _ascend(self, parts, norm=None):
         """Exchange w + e for w, one call for each value of rho; ``norm`` of all gradients if others belong to them."""
         eta = self.eta if self.adaptive else None
-        if norm is None:
+        if norm is None and (len(parts) > 1 or not all(lists.whole(grads) for _, grads in parts.values())):
             weights, gradients = (list(itertools.chain(*members)) for members in zip(*parts.values()))
-            if len(parts) > 1 or not lists.whole(gradients):
-                norm = lists.norm(gradients, weights, eta) if self.adaptive else lists.norm(gradients)
+            norm = lists.norm(gradients, weights, eta) if self.adaptive else lists.norm(gradients)
         while len(self._exchanges) < len(parts):
             self._exchanges.append(Exchange())
         del self._exchanges[len(parts) :]

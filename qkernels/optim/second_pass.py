@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import nn
 
-from .. import layout, ops
+from .. import backend, eager, layout, ops
 from . import lists
 
 
@@ -25,9 +25,11 @@ class Exchange:
 
     def __call__(self, params, gradients, norm, rho, eta, undo):
         """Write the copies (``ops.multi_climb``) and put them in the place of ``params`` until ``undo`` is closed."""
-        whole = lists.whole(params) and lists.whole(gradients)
-        weights, directions = (params, gradients) if whole else map(_locals, (params, gradients))
-        self._write(weights, directions, norm, rho, eta)
+        whole = self._climb(params, gradients, norm, rho, eta)
+        if not whole:
+            whole = lists.whole(params) and lists.whole(gradients)
+            weights, directions = (params, gradients) if whole else map(_locals, (params, gradients))
+            self._write(weights, directions, norm, rho, eta)
         if whole:
             undo.callback(_point, params, self._originals)
             _point(params, self.copies)
@@ -40,6 +42,12 @@ class Exchange:
                 # A shard is read through other views of its memory, so there the contents change.
                 undo.callback(w.copy_, w.clone())
                 w.copy_(c)
+
+    def _climb(self, params, gradients, norm, rho, eta):
+        """The short way, where everything is as it was; whether it has been gone."""
+        if norm is not None or self._addresses is None or backend.forced() not in (None, "native"):
+            return False
+        return eager.climb(self.copies, params, gradients, self._originals, rho, eta)
 
     def _write(self, weights, *settings):
         # The originals keep their memory, so that an address that has not changed is still theirs.
@@ -59,22 +67,23 @@ class Statistics:
     """The normalisation layers of a model whose running statistics a pass would update."""
 
     def __init__(self, model):
-        self._model, self._modules, self._children, self._norms = model, [], None, []
+        self._model, self._dicts, self._children, self._norms = model, [], None, []
 
     def freeze(self, undo):
         """Leave the running statistics alone until ``undo`` is closed."""
         children = self._look()
         if children != self._children:
-            self._modules = list(self._model.modules())
+            modules = list(self._model.modules())
+            self._dicts = [m._modules for m in modules]
             self._children = self._look()
-            self._norms = [m for m in self._modules if isinstance(m, nn.modules.batchnorm._NormBase)]
+            self._norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._NormBase)]
         tracking = [m for m in self._norms if m.training and m.track_running_stats]
         undo.callback(_track, tracking, True)
         _track(tracking, False)
 
     def _look(self):
         """The children of all modules: lists of the same objects compare equal fast."""
-        return list(itertools.chain.from_iterable([m._modules.values() for m in self._modules]))
+        return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
 
 
 def _locals(tensors):
@@ -82,12 +91,7 @@ def _locals(tensors):
 
 
 def _point(params, tensors):
-    _twice_if_interrupted(_set_data, params, tensors)
-
-
-def _set_data(params, tensors):
-    for p, t in zip(params, tensors):
-        p.data = t
+    _twice_if_interrupted(eager.set_data, params, tensors)
 
 
 def _track(norms, value):
@@ -97,7 +101,7 @@ def _track(norms, value):
 def _set_track(norms, value):
     # nn.Module's own __setattr__ looks among parameters, buffers and modules first, for a microsecond.
     for m in norms:
-        object.__setattr__(m, "track_running_stats", value)
+        m.__dict__["track_running_stats"] = value
 
 
 def _twice_if_interrupted(change, *args):
