@@ -335,10 +335,10 @@ def run_possible(steps):
     needed = [step for step in steps if step.needed]
     try:
         run_ninja(steps)
-    except BuildError:
+    except BuildError as error:
         if needed == steps:
             raise
-        say("trying without _eager (calls from Python take longer without it)")
+        say(f"{error}\nqkernels: trying without _eager (calls from Python take longer without it)")
         run_ninja(needed)
         return needed
     return steps

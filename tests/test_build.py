@@ -241,6 +241,37 @@ def test_without_pybind11_only_the_elements_are_left_out(native, project, monkey
     assert "no pybind11" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("ninja", [True, False])
+def test_a_torch_with_which_eager_does_not_compile_builds_without_it(
+    native, project, monkeypatch, capfd, ninja
+):
+    if not ninja:
+        monkeypatch.setattr(native.shutil, "which", lambda name, path=None: None if name == "ninja" else name)
+        monkeypatch.setattr(native, "find_cxx", lambda: ["g++"])
+    (project / "csrc/eager").mkdir()
+    source = project / "csrc/eager/one.cpp"
+    source.write_text("#error no such thing in this torch\n")
+    assert native.build(project / "package") == [project / "package/_C_cpu.so"]
+    out = capfd.readouterr().out
+    assert "trying without _eager" in out and "no such thing in this torch" in out
+    source.write_text('extern "C" int one();\nint two() { return one(); }\n')
+    library = f"_eager.torch-{native.find_torch()[1]}{native.EXT_SUFFIX}"
+    assert [path.name for path in native.build(project / "package")] == ["_C_cpu.so", library]
+    assert {"_C_cpu.so", "libtorch_python.so"} <= needed(project / "package" / library)
+
+
+def test_without_python_h_only_what_python_imports_is_left_out(native, project, monkeypatch, capfd, tmp_path):
+    (project / "csrc/elements.cpp").write_text("#error must not be compiled\n")
+    (project / "csrc/eager").mkdir()
+    (project / "csrc/eager/one.cpp").write_text("#error must not be compiled\n")
+    paths = native.sysconfig.get_path
+    monkeypatch.setattr(
+        native.sysconfig, "get_path", lambda name: str(tmp_path) if name == "include" else paths(name)
+    )
+    assert native.build(project / "package") == [project / "package/_C_cpu.so"]
+    assert f"no Python.h in {tmp_path}" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
