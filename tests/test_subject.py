@@ -73,6 +73,9 @@ def test_images_go_to_convolutions_with_their_channels_last_where_the_network_ta
     subject = Subject(model)
     torch.testing.assert_close(subject.logits(subject.effective(subject.values), x), model(x))
     assert seen == [(192, 1, 24, 3), (192, 64, 8, 1)]
+    # One channel is in either order; the output's order shows which one the convolution took.
+    gray, x1 = Subject(nn.Conv2d(1, 4, 3)), torch.randn(4, 1, 8, 8)
+    assert gray.logits(gray.effective(gray.values), x1).is_contiguous(memory_format=torch.channels_last)
     viewing = Viewing().requires_grad_(False)
     subject = Subject(viewing)
     for _ in range(2):

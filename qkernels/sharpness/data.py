@@ -9,7 +9,7 @@ _FIRST = 32  # images of the first of the growing batches
 _FIRST_SHARE = 16  # at least so many of each copy's
 # Numbers of a batch on the CPU, and of the first one: with fewer, calls of layers cost more than their arithmetic; with
 # more, activations leave the caches (resnet20, 8x8 and 32x32 images: up to 1.5x a pass). Memory is for the loader's
-# batches: at most four of them are put together.
+# batches: at most two of them are put together.
 _NUMBERS, _FIRST_NUMBERS = 1 << 17, 1 << 12
 
 
@@ -48,7 +48,7 @@ class Data:
             self.kept = list(zip(*(t.split(most) for t in self.whole), strict=True))
             numbers = max(self.whole[0][0].numel(), 1)
             fit = max(_NUMBERS // numbers, _FIRST_SHARE)
-            self.most = most if self.whole[0].is_cuda else min(fit, 4 * most)
+            self.most = most if self.whole[0].is_cuda else min(fit, 2 * most)
             self.first = max(_FIRST_NUMBERS // numbers, _FIRST_SHARE)
 
     def _read(self):

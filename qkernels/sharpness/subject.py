@@ -83,7 +83,7 @@ class Subject:
         """
         if self.channels_last and x.dim() == 4:
             try:
-                return self._call(effective, x.contiguous(memory_format=torch.channels_last))
+                return self._call(effective, _channels_last(x))
             except RuntimeError:  # a network that views its features, say: as given, and so from now on
                 self.channels_last = False
         return self._call(effective, x)
@@ -130,6 +130,13 @@ def initial_values(model, state, subject):
         state[name].to(value) if name in frozen else value
         for name, value in zip(subject.names, values, strict=True)
     ]
+
+
+def _channels_last(x):
+    if x.shape[1] == 1:  # in either order then, but convolutions go by the strides, and so do their outputs
+        n, _, h, w = x.shape
+        return x.reshape(n, h, w, 1).permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Copies:
