@@ -84,6 +84,8 @@ PyObject* climb(PyObject*, PyObject* const* given, Py_ssize_t count) {
   std::vector<void*> out;
   std::vector<Flat> weights, gradients;
   out.reserve(size), weights.reserve(size), gradients.reserve(size);
+  std::vector<at::Storage> held;  // while other threads of Python run, which may empty the lists
+  held.reserve(3 * size);
   const auto serves = [](const at::Tensor& t) { return t.device().is_cpu() && t.is_contiguous() && plain(t); };
   for (Py_ssize_t i = 0; i < size; ++i) {
     const at::Tensor &c = at_(copies, i), &w = at_(params, i), &d = at_(directions, i);
@@ -92,12 +94,13 @@ PyObject* climb(PyObject*, PyObject* const* given, Py_ssize_t count) {
     out.push_back(c.mutable_data_ptr());
     weights.push_back({w.scalar_type(), w.numel(), w.const_data_ptr()});
     gradients.push_back({d.scalar_type(), d.numel(), d.const_data_ptr()});
+    for (const at::Tensor* t : {&c, &w, &d}) held.push_back(t->storage());
   }
+  for (Py_ssize_t i = 0; i < size; ++i) torch::autograd::impl::bump_version(at_(copies, i));
   {
     const pybind11::gil_scoped_release released;
     qkernels_climb(out.data(), weights.data(), gradients.data(), size, rho, given[5] == Py_None ? nullptr : &eta);
   }
-  for (Py_ssize_t i = 0; i < size; ++i) torch::autograd::impl::bump_version(at_(copies, i));
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
