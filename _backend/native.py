@@ -30,6 +30,7 @@ WORK = ROOT / "build" / "native"
 MINIMUM_TORCH = "2.10"
 MINIMUM_NVCC = (12, 1)  # kernels take up to 32764 bytes of parameters
 DEFAULT_ARCHS = "75;80;90;100"  # T4; A100 and its kin; H100; B200 and, from its PTX, what follows
+SONAME = "qkernels"  # before the name of a file: the loader tells libraries of one process apart by it
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 ELEMENTS = "_elements" + EXT_SUFFIX
 
@@ -206,7 +207,7 @@ def link_steps(linker, objects, output, libraries, cxx, flag="-Wl,"):
         command = [*cxx, *empty, f"-Wl,-soname,{stub.name}", "-o", str(stub)]
         stubs.append(Step(stub, [], command, compiles=False))
     needed = [f"{flag}--no-as-needed", f"-L{folder}", *(f"-l{name}" for name in libraries)]
-    soname = f"{flag}-soname,{output.name}" if flag == "-Wl," else f"{flag}-soname={output.name}"
+    soname = f"{flag}-soname={SONAME}{output.name}"
     command = [*linker, "-shared", soname, *map(str, objects), *(needed if stubs else []), "-o", str(output)]
     return [*stubs, Step(output, [*objects, *(stub.output for stub in stubs)], command, compiles=False)]
 
@@ -234,15 +235,14 @@ def cuda_steps(cxx, nvcc, archs, work, extra):
 
 
 def eager_steps(cxx, work, python):
-    """Finds _C_cpu.so beside itself, whose loops it calls. Other torches may not have all it asks of this one."""
+    """Needs _C_cpu.so, whose loops it calls, to be loaded. Other torches may not have all it asks of this one."""
     sources, flags = sorted((CSRC / "eager").glob("*.cpp")), [*CXX_FLAGS, *torch_flags(stable=False), *python]
     if not sources:
         return []
     steps = [compile_step(cxx, flags, source, work) for source in sources]
     objects = [*(step.output for step in steps), work / "lib/_C_cpu.so"]
     output = work / "lib" / f"_eager.torch-{find_torch()[1]}{EXT_SUFFIX}"
-    linker = [*cxx, "-Wl,-rpath,$ORIGIN"]
-    steps += link_steps(linker, objects, output, [*TORCH_LIBRARIES, *TORCH_PYTHON_LIBRARIES], cxx)
+    steps += link_steps(cxx, objects, output, [*TORCH_LIBRARIES, *TORCH_PYTHON_LIBRARIES], cxx)
     return [step._replace(needed=step.output.name.startswith("lib")) for step in steps]
 
 
@@ -297,14 +297,16 @@ def write_ninja(steps, path):
     path.write_text("\n".join(lines) + "\n")
 
 
-def run_ninja(steps):
-    """Run what is out of date; without ninja, everything. The compiler's own messages go to the terminal."""
+def run_ninja(steps, done=()):
+    """Run what is out of date; without ninja, all but what is ``done``. The compiler's messages go to the terminal."""
     path = WORK / "build.ninja"
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+    if not jobs.isdigit() or int(jobs) < 1:
+        raise BuildError(f"MAX_JOBS={jobs!r}: accepted is a number of compilations at a time")
     ninja = shutil.which("ninja") or shutil.which("ninja", path=sysconfig.get_path("scripts"))
     if not ninja:
         say("no ninja: compiling everything again")
-        return run_all(steps, int(jobs))
+        return run_all([step for step in steps if step not in done], int(jobs))
     write_ninja(steps, path)
     if subprocess.run([ninja, "-C", str(ROOT), "-f", str(path), "-j", jobs]).returncode:
         raise BuildError("qkernels: the build failed; the compiler's message stands above")
@@ -331,15 +333,14 @@ def run_all(steps, jobs):
 
 
 def run_possible(steps):
-    """Run the steps, or those that are needed where they do not all succeed; returns those that ran."""
+    """Run the needed steps, then the others, which may fail; returns those that ran."""
     needed = [step for step in steps if step.needed]
+    run_ninja(needed)
     try:
-        run_ninja(steps)
+        if needed != steps:
+            run_ninja(steps, done=needed)
     except BuildError as error:
-        if needed == steps:
-            raise
-        say(f"{error}\nqkernels: trying without _eager (calls from Python take longer without it)")
-        run_ninja(needed)
+        say(f"{error}\nqkernels: going on without _eager (calls from Python take longer without it)")
         return needed
     return steps
 

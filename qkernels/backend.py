@@ -99,10 +99,10 @@ def op(name: str):
     return getattr(reference, name) if _forced == "reference" else _lazy_triton(name)
 
 
-def apply_function(function: type[torch.autograd.Function], short: str | None = None):
+def apply_function(function: type[torch.autograd.Function], counterpart: str | None = None):
     """``function.apply``, without its inspection of the signature (most of a small call) where nothing needs it.
 
-    ``short`` names the same function in the eager library. Where no gradient is wanted it is ``function.forward``.
+    ``counterpart`` is its name in the eager library. Where no gradient is wanted it is ``function.forward``.
     Transforms and dual numbers get ``function.forward_mode``: torch.compile takes no Function that has a jvp.
     Transforms belong outside of torch.compile: inside, torch differentiates through the rounding itself, to zero.
     """
@@ -110,8 +110,8 @@ def apply_function(function: type[torch.autograd.Function], short: str | None = 
         return function.apply
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return getattr(function, "forward_mode", function).apply
-    if short and eager.library is not None and _forced in (None, "native"):
-        return getattr(eager.library, short)
+    if counterpart and eager.library is not None and _forced in (None, "native"):
+        return getattr(eager.library, counterpart)
     if not torch.is_grad_enabled():
         return function.forward
     return super(torch.autograd.Function, function).apply
@@ -142,10 +142,9 @@ def use_backend(name: str):
 def _force(name: str | None) -> None:
     global _forced
     _forced = name
-    if (
-        eager.library is not None
-    ):  # graphs made outside of the block are gone through by the block's backend as well
-        eager.library.leave_backward(name not in (None, "native"))
+    # Graphs made outside of the block are gone through by the block's backend as well.
+    if eager.library is not None:
+        eager.library.set_python_always(name not in (None, "native"))
 
 
 def forced() -> str | None:

@@ -28,12 +28,12 @@ def load() -> None:
     else:
         try:
             spec = importlib.util.spec_from_file_location("qkernels._eager", path)
-            library = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(library)
-            library.set_backward(_gradients)
-            why_not = ""
+            found = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found)
+            found.set_python_backward(_gradients)
+            library, why_not = found, ""
         except ImportError as error:
-            library, why_not = None, f"does not load: {error}"
+            why_not = f"does not load: {error}"
 
 
 def _gradients(*inputs):
@@ -45,7 +45,7 @@ def _gradients(*inputs):
 def with_gradients(params: list) -> tuple[list, list, bool]:
     """The parameters that have a gradient, their gradients, and whether one of these is sparse."""
     if library is not None:
-        return library.with_gradients(params)
+        return library.with_gradients(params if isinstance(params, list) else list(params))
     kept = [p for p in params if p.grad is not None]
     gradients = [p.grad for p in kept]
     return kept, gradients, any(g.is_sparse for g in gradients)

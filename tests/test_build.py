@@ -253,11 +253,11 @@ def test_a_torch_with_which_eager_does_not_compile_builds_without_it(
     source.write_text("#error no such thing in this torch\n")
     assert native.build(project / "package") == [project / "package/_C_cpu.so"]
     out = capfd.readouterr().out
-    assert "trying without _eager" in out and "no such thing in this torch" in out
+    assert "going on without _eager" in out and "no such thing in this torch" in out
     source.write_text('extern "C" int one();\nint two() { return one(); }\n')
     library = f"_eager.torch-{native.find_torch()[1]}{native.EXT_SUFFIX}"
     assert [path.name for path in native.build(project / "package")] == ["_C_cpu.so", library]
-    assert {"_C_cpu.so", "libtorch_python.so"} <= needed(project / "package" / library)
+    assert {"qkernels_C_cpu.so", "libtorch_python.so"} <= needed(project / "package" / library)
 
 
 def test_without_python_h_only_what_python_imports_is_left_out(native, project, monkeypatch, capfd, tmp_path):
@@ -285,6 +285,12 @@ def test_bad_settings_are_refused(native, monkeypatch, environment, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=message):
         native.plan()
+
+
+def test_a_number_of_jobs_that_is_none_is_refused(native, project, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(SystemExit, match="MAX_JOBS='many': accepted is a number"):
+        native.build(project / "package")
 
 
 def test_required_nvcc_that_is_missing_is_an_error(native, monkeypatch):

@@ -1,6 +1,9 @@
 """The eager library: what Python does without it, to the bit; and when it is not used."""
 
 import shutil
+import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -26,6 +29,15 @@ FORMS = {
     "stochastic": {"noise": StochasticRounding(), "stream": 7},
     "pseudo": {"noise": Pseudo(), "axis": 1, "stream": 2**53 + 1},
     "shift": {"shift": 1.5},
+    "everything": {
+        "axis": 1,
+        "offset": 0.25,
+        "grad_scale": 0.7,
+        "clip_only": True,
+        "noise": Pseudo(),
+        "stream": 3,
+    },
+    "tempered": {"noise": Tempering(c=0.3, k=20.0), "zero_point": 2, "ewgs": 0.2, "grad_scale": 0.6},
 }
 
 
@@ -126,7 +138,7 @@ def test_a_second_backward_needs_the_graph(way):
         y.backward()
 
 
-@pytest.mark.parametrize("form", ["tensor", "offset", "ewgs", "pseudo"])
+@pytest.mark.parametrize("form", ["tensor", "offset", "ewgs", "pseudo", "everything", "tempered"])
 def test_second_derivatives_are_pythons(monkeypatch, form):
     def run():
         x, scale, settings = inputs(torch.float64, form)
@@ -199,6 +211,29 @@ def test_modes_see_the_op(way):
     with Seen():
         qk.fake_quantize(x, scale, bits=4).sum().backward()
     assert {"qkernels.fake_quantize.default", "qkernels.fake_quantize_backward.default"} <= set(seen)
+
+
+class Named(torch.Tensor):
+    """A subclass that overrides nothing, and so keeps its type through every function of torch."""
+
+
+def test_functions_of_subclasses_and_modes_are_heard(way):
+    class Heard(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            heard.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, scale, _ = inputs()
+    heard = []
+    assert type(qk.fake_quantize(x.detach().as_subclass(Named), scale, bits=4)) is Named
+    with Heard():
+        qk.fake_quantize(x, scale, bits=4)
+    assert "qkernels.fake_quantize.default" in heard
+
+
+def test_the_node_has_a_name():
+    x, scale, _ = inputs()
+    assert qk.fake_quantize(x, scale, bits=4).grad_fn.name().endswith("<qk::FakeQuantize>")
 
 
 def test_what_is_no_tensor_and_no_number_is_an_error_not_a_crash():
@@ -299,6 +334,7 @@ def test_the_short_step_uphill_is_taken(monkeypatch):
         (torch.randn(3, 4), torch.randn(4, 3).t()),
         (torch.randn(3, 4), torch.randn(5)),
         (torch.randn(3, 4), torch.randn(3, 4).bfloat16()),
+        (torch.randn(3, 4), torch.inference_mode()(torch.ones)(3, 4)),
         (torch.randn(3, 4, dtype=torch.complex64), torch.randn(3, 4, dtype=torch.complex64).conj()),
     ],
 )
@@ -309,7 +345,8 @@ def test_data_is_exchanged_as_by_assignment(way, old, new):
     version = p._version
     eager.set_data([p], [new])
     assert torch.equal(p, twin) and p.dtype == new.dtype and p.stride() == new.stride()
-    assert p.data_ptr() == new.data_ptr() and p._version == version
+    assert p.data_ptr() == new.data_ptr() and p.is_inference() == twin.is_inference()
+    assert p.is_inference() or p._version == version
 
 
 def test_gradients_are_read_and_cleared(way):
@@ -322,6 +359,35 @@ def test_gradients_are_read_and_cleared(way):
     assert eager.with_gradients([table.weight])[2] is True
     eager.clear_gradients([left, kept])
     assert kept.grad is None and left.grad is None
+    kept.grad = torch.zeros(2)
+    assert eager.with_gradients((left, kept))[0] == [kept]
+
+
+def test_lists_that_change_while_they_are_gone_through(way):
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(4)]
+    for p in params:
+        p.grad = torch.zeros(2)
+    watch = weakref.ref(params[0].grad, lambda _: params.clear())
+    eager.clear_gradients(params)
+    assert watch() is None and not params
+
+
+def test_another_thread_may_empty_the_lists_of_a_step_uphill():
+    big = [torch.ones(1 << 22) for _ in range(3)]
+    lists = [[t.clone() for t in big] for _ in range(3)]
+    found, expected = list(lists[0]), big[0] + 0.5 / (3 * (1 << 22)) ** 0.5
+
+    def empty():
+        time.sleep(0.002)
+        for part in lists:
+            part.clear()
+
+    thread = threading.Thread(target=empty)
+    originals = list(lists[1])
+    thread.start()
+    taken = eager.climb(*lists, originals, 0.5, None)
+    thread.join()
+    assert taken and all(torch.equal(t, expected) for t in found)
 
 
 # --- which library ---

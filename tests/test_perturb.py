@@ -394,3 +394,13 @@ def test_backward_belongs_into_the_block():
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         late.pop()()
+
+
+@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch has no copy-on-write")
+def test_parameters_that_share_memory_until_one_is_written():
+    torch.set_num_threads(2)
+    for _ in range(5):
+        first, step = torch.ones(1 << 20), torch.ones(1 << 20)
+        pair = [first, torch._lazy_clone(first)]
+        ops.multi_perturb(pair, pair, ops.ALONG, torch.tensor([[1.0]], dtype=torch.float64), [step, step])
+        assert all((t == 2).all() for t in pair)

@@ -105,6 +105,23 @@ def test_normalisation_layers_that_come_and_go_are_found():
     assert net[0][0].track_running_stats and net[4].track_running_stats
 
 
+class Watched(nn.BatchNorm1d):
+    """The setting as a property, as a subclass may have it."""
+
+    track_running_stats = property(
+        lambda self: self._track, lambda self, value: setattr(self, "_track", value)
+    )
+
+
+def test_statistics_stand_still_beside_scripted_modules_and_in_subclasses():
+    net = nn.Sequential(torch.jit.script(nn.Linear(6, 6)), Watched(6), nn.Linear(6, 6))
+    x = torch.randn(8, 6)
+    optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))
+    for _ in range(3):
+        optimizer.step(closure_of(net, optimizer, x, torch.zeros(8, dtype=torch.long)))
+    assert net[1].num_batches_tracked == 3 and net[1].track_running_stats
+
+
 def test_the_first_gradients_are_released_before_the_second_pass():
     net, seen = network(), []
     optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))

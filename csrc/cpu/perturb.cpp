@@ -220,8 +220,10 @@ void multi_perturb_cpu(const Tensors& out, const Tensors& params_, const Tensors
   STD_TORCH_CHECK(out.size() == params.size() * plan.numbers.size(),
                   "qkernels: out must have one tensor per copy and parameter");
   check_alike(out, params);
+  // First, for it gives tensors that share memory until one is written memory of their own; params may be among them.
+  const std::vector<void*> targets = addresses(out);
   const Flats flats = flat(params);
-  write_copies(Pieces(flats), addresses(out).data(), flats, flat(directions), flat(points), move, plan);
+  write_copies(Pieces(flats), targets.data(), flats, flat(directions), flat(points), move, plan);
 }
 
 // The copies at distance rho along the directions, whose length is given or computed here: a small list costs as much
@@ -230,7 +232,8 @@ void climb(void* const* out, const Flats& params, const Flats& directions, std::
            std::optional<double> eta) {
   const Pieces pieces(params);
   const double floor = eta.value_or(0.0);
-  if (!length) length = norm_of(list_squares(pieces, directions, eta ? params : Flats(), floor));
+  const Flats none;
+  if (!length) length = norm_of(list_squares(pieces, directions, eta ? params : none, floor));
   Plan plan{{{finite_or_zero(rho / *length), finite_or_zero(floor), 0.0}}, 0, 0, false};
   write_copies(pieces, out, params, directions, {}, eta ? kAdaptive : kAlong, plan);
 }
@@ -244,7 +247,8 @@ void multi_climb_cpu(const Tensors& out, const Tensors& params_, const Tensors& 
   STD_TORCH_CHECK(!directions.empty(), "qkernels: directions is empty");
   std::optional<double> length;
   if (norm) length = *static_cast<const double*>(row_values(*norm, ScalarType::Double, 1, "norm").const_data_ptr());
-  climb(addresses(out).data(), flat(params), flat(directions), length, rho, eta);
+  const std::vector<void*> targets = addresses(out);  // first, as above
+  climb(targets.data(), flat(params), flat(directions), length, rho, eta);
 }
 
 }  // namespace

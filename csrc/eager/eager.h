@@ -42,8 +42,9 @@ struct Arguments {
   }
 };
 
+// The functions of the module, all of one type.
 using Call = PyObject*(PyObject*, PyObject* const*, Py_ssize_t);
-Call fake_quantize, set_backward, leave_backward;       // fake_quantize.cpp
-Call with_gradients, clear_gradients, set_data, climb;  // lists.cpp
+Call fake_quantize, set_python_backward, set_python_always;  // fake_quantize.cpp
+Call with_gradients, clear_gradients, set_data, climb;       // lists.cpp
 
 }  // namespace qk

@@ -60,7 +60,7 @@ Tensor quantized(const Inputs& in, const Settings& k) {
 }
 
 PyObject* python_backward = nullptr;  // (grad, saved..., settings...) -> (dx, dscale, doffset)
-std::atomic<bool> always_python = false;
+std::atomic<bool> python_always = false;
 
 // Where the gradient is differentiated itself, or another backend than the dispatcher's computes it.
 variable_list in_python(const Tensor& grad, const variable_list& saved, const Settings& k) {
@@ -78,6 +78,9 @@ variable_list in_python(const Tensor& grad, const variable_list& saved, const Se
   return {unwrapped(0), unwrapped(1), saved[2].defined() ? unwrapped(2) : Tensor()};
 }
 
+}  // namespace
+
+// By this name users meet it, as grad_fn; torch finds the inputs to differentiate among the direct arguments alone.
 struct FakeQuantize : torch::autograd::Function<FakeQuantize> {
   static constexpr bool is_traceable = true;  // by torch's compiled autograd
 
@@ -94,7 +97,7 @@ struct FakeQuantize : torch::autograd::Function<FakeQuantize> {
     const variable_list saved = ctx->get_saved_variables();
     const Settings k = Settings::unpacked(ctx->saved_data["settings"].toIntList());
     variable_list found;
-    if (at::GradMode::is_enabled() || grads[0]._fw_grad(0).defined() || always_python) {
+    if (at::GradMode::is_enabled() || grads[0]._fw_grad(0).defined() || python_always) {
       found = in_python(grads[0], saved, k);
     } else {
       const auto given = [](const Tensor& t) { return t.defined() ? MaybeTensor(t) : MaybeTensor(); };
@@ -108,8 +111,6 @@ struct FakeQuantize : torch::autograd::Function<FakeQuantize> {
     return found;
   }
 };
-
-}  // namespace
 
 // FakeQuantize.apply of Python: the same arguments, the same result.
 PyObject* fake_quantize(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -129,8 +130,8 @@ PyObject* fake_quantize(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// set_backward(function): what computes a gradient that is left to Python.
-PyObject* set_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+// set_python_backward(function): what computes a gradient that is left to Python.
+PyObject* set_python_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const Arguments args(given, count, 1);
   Py_INCREF(given[0]);
@@ -139,10 +140,10 @@ PyObject* set_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// leave_backward(whether): to Python, all of them.
-PyObject* leave_backward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+// set_python_always(whether): every gradient is left to Python.
+PyObject* set_python_always(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  always_python = Arguments(given, count, 1).flag(0);
+  python_always = Arguments(given, count, 1).flag(0);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

@@ -10,8 +10,8 @@ PyMethodDef method(const char* name) {
 
 PyMethodDef methods[] = {
     method<qk::fake_quantize>("fake_quantize"),
-    method<qk::set_backward>("set_backward"),
-    method<qk::leave_backward>("leave_backward"),
+    method<qk::set_python_backward>("set_python_backward"),
+    method<qk::set_python_always>("set_python_always"),
     method<qk::with_gradients>("with_gradients"),
     method<qk::clear_gradients>("clear_gradients"),
     method<qk::set_data>("set_data"),

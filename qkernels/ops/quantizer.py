@@ -2,6 +2,7 @@
 
 import torch
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from .. import backend, layout
 from .. import noise as noises
@@ -313,9 +314,10 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
         kind, seed = noises.SHIFT, None
     else:
         seed = None
-    # Rows in logical order of an x in another one: the output is brought back to x's, by Python.
-    brought = axis == layout.FLAT and scale.numel() > 1 and not x.is_contiguous()
-    run = backend.apply_function(FakeQuantize, None if brought else "fake_quantize")
+    # Python brings the output of rows in logical order back to x's, and hears subclasses that override functions.
+    by_python = axis == layout.FLAT and scale.numel() > 1 and not x.is_contiguous()
+    by_python = by_python or has_torch_function((x, scale, offset, shift))
+    run = backend.apply_function(FakeQuantize, None if by_python else "fake_quantize")
     return run(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max,
                               float(grad_scale), bool(clip_only), float(ewgs), kind, a, b, int(stream))  # fmt: skip
 

@@ -83,7 +83,7 @@ class Statistics:
 
     def _look(self):
         """The children of all modules: lists of the same objects compare equal fast."""
-        return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+        return list(itertools.chain.from_iterable([d.values() for d in self._dicts]))
 
 
 def _locals(tensors):
@@ -101,7 +101,7 @@ def _track(norms, value):
 def _set_track(norms, value):
     # nn.Module's own __setattr__ looks among parameters, buffers and modules first, for a microsecond.
     for m in norms:
-        m.__dict__["track_running_stats"] = value
+        object.__setattr__(m, "track_running_stats", value)
 
 
 def _twice_if_interrupted(change, *args):
