@@ -26,6 +26,7 @@ FORMS = {
     "ewgs": {"ewgs": 0.3, "grad_scale": 0.1},
     "tempering": {"noise": Tempering(), "stream": -(2**63)},
     "perturbation": {"noise": FeaturePerturbation(p=1.0), "stream": 2**63 - 1},
+    "before": {"noise": FeaturePerturbation(p=0.999, where="before"), "stream": 5},
     "stochastic": {"noise": StochasticRounding(), "stream": 7},
     "pseudo": {"noise": Pseudo(), "axis": 1, "stream": 2**53 + 1},
     "shift": {"shift": 1.5},
@@ -304,6 +305,16 @@ def test_sam_takes_the_same_steps(monkeypatch, make, adaptive, every):
 
     found, expected = both(monkeypatch, run)
     assert all(map(torch.equal, found, expected))
+
+
+def test_copies_that_are_written_again_have_another_version(way):
+    net = torch.nn.Linear(3, 2)
+    sam = optim.SAM(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    closure = closure_of(sam, net, torch.ones(2, 3))
+    sam.step(closure)
+    before = [t._version for t in sam._exchanges[0].copies]
+    sam.step(closure)
+    assert [t._version for t in sam._exchanges[0].copies] == [v + 1 for v in before]
 
 
 def test_the_short_step_uphill_is_taken(monkeypatch):
