@@ -66,7 +66,7 @@ FAULTS = (
           "grid.offset == grid.offset ? grid.offset : NAN", "grid.offset"),
     Fault("eager: numbers of a node exchanged", "eager/fake_quantize.cpp", "bits(a),   bits(b)", "bits(b),   bits(a)"),
     Fault("eager: memory that has moved", "eager/lists.cpp",
-          "if (w.const_data_ptr() != at(lists[3], i).const_data_ptr()) Py_RETURN_FALSE;", ""),
+          "if (w.const_data_ptr() != item(lists[3], i).const_data_ptr()) Py_RETURN_FALSE;", ""),
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from stepping import closure_of
 from torch.utils.checkpoint import checkpoint
 
 import qkernels as qk
@@ -258,16 +259,6 @@ def test_what_is_no_tensor_and_no_number_is_an_error_not_a_crash():
 # --- lists of parameters ---
 
 
-def closure_of(sam, net, x):
-    def closure():
-        sam.zero_grad()
-        loss = net(x).square().sum()
-        loss.backward()
-        return loss
-
-    return closure
-
-
 class Mixed(torch.nn.Module):
     """Parameters of several dtypes and orders, one without a gradient."""
 
@@ -287,7 +278,7 @@ class Mixed(torch.nn.Module):
 
 
 def plain():
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -300,7 +291,7 @@ def test_sam_takes_the_same_steps(monkeypatch, make, adaptive, every):
         base = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
         sam = optim.SAM(net, base, adaptive=adaptive, every=every)
         for _ in range(5):
-            sam.step(closure_of(sam, net, torch.randn(4, 3, 6, 6)))
+            sam.step(closure_of(net, sam, torch.randn(4, 3, 6, 6), torch.arange(4)))
         return [t.clone() for t in net.state_dict().values()]
 
     found, expected = both(monkeypatch, run)
@@ -310,7 +301,7 @@ def test_sam_takes_the_same_steps(monkeypatch, make, adaptive, every):
 def test_copies_that_are_written_again_have_another_version(way):
     net = torch.nn.Linear(3, 2)
     sam = optim.SAM(net, torch.optim.SGD(net.parameters(), lr=0.1))
-    closure = closure_of(sam, net, torch.ones(2, 3))
+    closure = closure_of(net, sam, torch.ones(2, 3), torch.arange(2))
     sam.step(closure)
     before = [t._version for t in sam._exchanges[0].copies]
     sam.step(closure)
@@ -323,7 +314,7 @@ def test_the_short_step_uphill_is_taken(monkeypatch):
     net = torch.nn.Linear(3, 2)
     sam = optim.SAM(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
-    closure = closure_of(sam, net, torch.ones(2, 3))
+    closure = closure_of(net, sam, torch.ones(2, 3), torch.arange(2))
     sam.step(closure)  # makes the copies
     sam.step(closure)
     assert taken == [True]

@@ -1,7 +1,7 @@
 // What Python spends too long on for each tensor, in C++: the way from a Python call to an op and back.
 //
 // Nothing is computed here. This library is built against one torch and one Python, and is loaded beside these alone
-// (qkernels/backend.py); elsewhere the same is done in Python.
+// (qkernels/eager.py); elsewhere the same is done in Python.
 #pragma once
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>

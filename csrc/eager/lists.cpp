@@ -40,7 +40,7 @@ bool alike(const at::Tensor& a, const at::Tensor& b) {
 void set_one(const at::Tensor& p, const at::Tensor& t) {
   at::TensorImpl* impl = p.unsafeGetTensorImpl();
   const bool same_kind = impl->key_set() == t.key_set() && alike(p, t) && p.strides() == t.strides();
-  if (same_kind && plain(p) && plain(t) && impl->allow_tensor_metadata_change()) {
+  if (same_kind && plain(p) && impl->allow_tensor_metadata_change()) {
     impl->set_storage_keep_dtype(t.storage());
     impl->set_storage_offset(t.storage_offset());
   } else {
@@ -106,21 +106,21 @@ PyObject* climb(PyObject*, PyObject* const* given, Py_ssize_t count) {
       std::all_of(lists.begin(), lists.end(), [&](PyObject* list) { return length(list) == size; });
   if (size == 0 || !same_length) Py_RETURN_FALSE;
   const double rho = args.number(4), eta = given[5] == Py_None ? 0.0 : args.number(5);
-  const auto at = [](PyObject* list, Py_ssize_t i) -> const at::Tensor& {
+  const auto item = [](PyObject* list, Py_ssize_t i) -> const at::Tensor& {
     return Arguments::as_tensor(PyList_GET_ITEM(list, i));
   };
   const auto serves = [](const at::Tensor& t) { return t.device().is_cpu() && t.is_contiguous() && plain(t); };
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const at::Tensor &copy = at(lists[0], i), &w = at(lists[1], i), &d = at(lists[2], i);
+    const at::Tensor &copy = item(lists[0], i), &w = item(lists[1], i), &d = item(lists[2], i);
     if (!serves(copy) || !serves(w) || !serves(d) || !alike(copy, w) || !alike(d, w)) Py_RETURN_FALSE;
-    if (w.const_data_ptr() != at(lists[3], i).const_data_ptr()) Py_RETURN_FALSE;
+    if (w.const_data_ptr() != item(lists[3], i).const_data_ptr()) Py_RETURN_FALSE;
   }
   std::vector<void*> out;
   std::vector<Flat> params, directions;
   std::vector<at::Storage> held;  // while other threads of Python run, which may change the lists
   out.reserve(size), params.reserve(size), directions.reserve(size), held.reserve(3 * size);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    const at::Tensor &copy = at(lists[0], i), &w = at(lists[1], i), &d = at(lists[2], i);
+    const at::Tensor &copy = item(lists[0], i), &w = item(lists[1], i), &d = item(lists[2], i);
     for (const at::Tensor* t : {&copy, &w, &d}) held.push_back(t->storage());
     torch::autograd::impl::bump_version(copy);
     out.push_back(copy.mutable_data_ptr());
