@@ -104,10 +104,12 @@ def apply_function(function: type[torch.autograd.Function], counterpart: str | N
 
     ``counterpart`` is its name in the eager library. Where no gradient is wanted it is ``function.forward``.
     Transforms and dual numbers get ``function.forward_mode``: torch.compile takes no Function that has a jvp.
-    Transforms belong outside of torch.compile: inside, torch differentiates through the rounding itself, to zero.
+    Transforms inside torch.compile get ``function.inside_compile``: there torch looks past a Function's backward and
+    would differentiate through the rounding itself, to zero.
     """
     if torch.compiler.is_compiling():
-        return function.apply
+        transformed = torch._C._are_functorch_transforms_active()
+        return function.inside_compile if transformed else function.apply
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return getattr(function, "forward_mode", function).apply
     if counterpart and eager.library is not None and _forced in (None, "native"):

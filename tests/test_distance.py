@@ -162,6 +162,20 @@ def test_vmap_and_compile_give_what_a_loop_gives():
             assert torch.equal(got, wanted)
 
 
+def test_transforms_inside_compile():
+    """Compilers look past the backward of a Function there."""
+    student, teacher = pair((3, 4, 5, 2))
+    student = student.detach()
+
+    def second(s, t):
+        return torch.func.grad(lambda s: torch.func.grad(standardized_distance)(s, t).pow(2).sum())(s)
+
+    for f in (torch.func.grad(standardized_distance), second):
+        for g, other in ((f, teacher), (torch.vmap(f, (0, None)), teacher[0]), (torch.vmap(f), teacher)):
+            compiled = torch.compile(g, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(student, other), g(student, other), rtol=1e-4, atol=1e-6)
+
+
 def test_ops_are_registered_rightly():
     student, teacher = pair((3, 4, 5, 2))
     student = student.detach()

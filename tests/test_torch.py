@@ -265,6 +265,63 @@ def test_vmap_with_noise():
         )
 
 
+# torch.func inside torch.compile, which looks past the backward of an autograd.Function
+
+
+INSIDE = {
+    **{name: KEYWORDS[name] for name in ("plain", "axis", "offset", "zero_point")},
+    "clip_only": {"clip_only": True},
+    "group": {"group_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", [*INSIDE, "shift"])
+@pytest.mark.parametrize("dims", [(0, None), (None, 0), (2, 1)], ids=str)
+def test_transforms_inside_compile(fresh_dynamo, name, dims):
+    keywords = INSIDE.get(name) or {"shift": torch.ones(4, 6), "shift_scale": torch.tensor([0.3])}
+    rows = {"axis": 6, "group": 12}.get(name, 1)
+    torch.manual_seed(0)
+    x, scale = torch.randn(4, 6), torch.rand(rows) + 0.2
+    if dims[0] is not None:
+        x = torch.randn(3, 4, 6).movedim(0, dims[0])
+    if dims[1] is not None:
+        scale = (torch.rand(3, rows) + 0.2).movedim(0, dims[1])
+
+    def f(x, scale):
+        return qk.fake_quantize(x, scale, bits=3, grad_scale=0.3, **keywords)
+
+    def first(x, scale):
+        return grad(lambda x, s: (f(x, s) ** 2).sum(), argnums=(0, 1))(x, scale)
+
+    def second(x, scale):
+        return grad(lambda x: first(x, scale)[0].pow(2).sum())(x)
+
+    for g in (f, first, second):
+        want, got = vmap(g, dims), torch.compile(vmap(g, dims), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(got(x, scale), want(x, scale), rtol=1e-5, atol=1e-5)
+    assert want(x, scale).abs().sum() > 0
+
+
+def test_infinite_elements_of_a_transform_inside_compile(fresh_dynamo):
+    x, scale = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e38, 0.31]), torch.tensor([0.3])
+    for f in (
+        lambda x: qk.fake_quantize(x, scale, bits=4),
+        grad(lambda x: qk.fake_quantize(x, scale, bits=4).sum()),
+    ):
+        got = torch.compile(vmap(f), backend="aot_eager", fullgraph=True)(x[None])
+        torch.testing.assert_close(got, vmap(f)(x[None]), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"ewgs": 0.1}, {"noise": qk.noise.Pseudo(), "seed": torch.tensor([1])}], ids=list
+)
+def test_what_transforms_inside_compile_do_not_serve(fresh_dynamo, keywords):
+    x, scale = torch.randn(8), torch.tensor([0.3])
+    f = grad(lambda x: qk.fake_quantize(x, scale, bits=4, **keywords).sum())
+    with pytest.raises(Exception, match="put the transform outside"):
+        torch.compile(f, backend="aot_eager", fullgraph=True)(x)
+
+
 # Modules, autocast, checkpointing, export
 
 

@@ -79,6 +79,23 @@ class FakeQuantize(torch.autograd.Function):
         return (dx, dscale, doffset if ctx.needs_input_grad[2] else None, *[None] * 14)
 
     @staticmethod
+    def inside_compile(x, scale, offset, zero_point, seed, shift, shift_scale, *settings):
+        """The values, and a zero with the surrogate's derivatives, for transforms that differentiate what is here."""
+        axis, quant_min, quant_max, _, _, ewgs, noise, a, b, stream = settings
+        if ewgs != 0 or noise not in (noises.PLAIN, noises.SHIFT):
+            raise NotImplementedError(
+                "fake_quantize with noise or ewgs cannot be in a torch.func transform inside torch.compile: put "
+                "the transform outside, as in vmap(torch.compile(f))"
+            )
+        numbers = [None if t is None else t.detach() for t in (x, scale, offset, zero_point)]
+        y = reference.values(
+            *numbers, axis, quant_min, quant_max, noise, a, b, seed, stream, shift, shift_scale
+        )
+        y = y.to(x.dtype).reshape(x.shape)
+        zeros = [None if t is None else t - t.detach() for t in (x, scale, offset)]
+        return y + _tangent(_slopes((*numbers, seed), settings), *numbers[:2], settings, *zeros, None)
+
+    @staticmethod
     def vmap(info, dims, x, scale, offset, zero_point, seed, shift, shift_scale, axis, *rest):
         if dims[6] is not None:
             raise RuntimeError(
@@ -197,13 +214,12 @@ def _tangent(slopes, x, scale, settings, x_t, scale_t, offset_t, grad):
     rows = scale.numel()
     total = 0.0
     if x_t is not None:
-        factor = torch.where(outside, 0.0, 1.0).to(term.dtype)
+        passed = reference._compute(layout.rowwise(layout.ordered(x_t, rows, axis), rows, axis))
+        passed = torch.where(outside, 0.0, passed)
         if ewgs != 0:
             sign = reference._compute(layout.rowwise(layout.ordered(grad, rows, axis), rows, axis)).sign()
-            factor = factor * (1.0 - ewgs * sign * error)
-        total = (
-            total + reference._compute(layout.rowwise(layout.ordered(x_t, rows, axis), rows, axis)) * factor
-        )
+            passed = passed * (1.0 - ewgs * sign * error)
+        total = total + passed
     if scale_t is not None:
         along = (scale_t * reference._sign(scale) * grad_scale).reshape(-1)
         total = total + layout.per_element(outside, along, axis) * term

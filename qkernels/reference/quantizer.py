@@ -68,6 +68,19 @@ def fake_quantize(x, scale, offset, zero_point, axis, quant_min, quant_max, kind
 
     Noise (SPEC of the kinds: noise.py) is added where its kind says. ``shift``: y + shift_scale * shift.
     """
+    y = values(
+        x, scale, offset, zero_point, axis, quant_min, quant_max, kind, a, b, seed, stream, shift, shift_scale
+    )
+    like = layout.ordered(x, scale.numel(), axis)
+    out = torch.empty_like(like)
+    out.copy_(y.to(x.dtype).reshape(x.shape))
+    return out
+
+
+def values(
+    x, scale, offset, zero_point, axis, quant_min, quant_max, kind, a, b, seed, stream, shift, shift_scale
+):
+    """y before its dtype and layout are x's: in the type of the arithmetic, shaped by row."""
     rows = scale.numel()
     e = _Element(x, scale, offset, zero_point, axis, quant_min, quant_max, kind, a, seed, stream)
     y = e.q * e.scale + e.offset
@@ -81,10 +94,7 @@ def fake_quantize(x, scale, offset, zero_point, axis, quant_min, quant_max, kind
     elif kind == noise.SHIFT:
         ordered = layout.aligned(shift, layout.ordered(x, rows, axis))
         y = y + shift_scale.to(y.dtype) * _compute(layout.rowwise(ordered, rows, axis))
-    like = layout.ordered(x, rows, axis)
-    out = torch.empty_like(like)
-    out.copy_(y.to(x.dtype).reshape(x.shape))
-    return out
+    return y
 
 
 def b32(value, like):
