@@ -49,12 +49,17 @@ def quantize_(model, config=None, **settings):
     order = list(dict.fromkeys(id(layer) for _, layer in layers))
     ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
     seeds, swapped = SeedSource(), {}
+    # All are made before the first takes its place: a refusal leaves the model as it was.
     for name, layer in layers:
         if id(layer) not in swapped:
             aliases = [alias for alias, other in layers if other is layer]
-            swapped[id(layer)] = _quantized(layer, config.of(*aliases, at_end=id(layer) in ends))
+            try:
+                swapped[id(layer)] = _quantized(layer, config.of(*aliases, at_end=id(layer) in ends))
+            except ValueError as error:
+                raise ValueError(f"{name or type(layer).__name__}: {error}") from None
             for quantizer in quantizers(swapped[id(layer)]):
                 quantizer.layer = name
+    for name, layer in layers:
         if name == "":
             model = swapped[id(layer)]
         else:

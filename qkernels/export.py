@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -136,9 +137,9 @@ def export_onnx(model, x, path):
 
     Activations: QuantizeLinear and DequantizeLinear; of 8, 4 or 2 bits, others in 8 after a Clip. Weights: packed
     integer initializers, the smallest of these types that holds the grid, and DequantizeLinear, per channel along the
-    weight's axis. Types are INT8, INT4 and INT2 or their unsigned forms. A real offset (LSQ+ activations, SAQ and
-    DoReFa weights) stands beside them as explicit arithmetic: (x - offset) before QuantizeLinear, + offset after
-    DequantizeLinear. Opset 21; 25 with 2-bit types.
+    weight's axis or in blocks, where they have groups. Types are INT8, INT4 and INT2 or their unsigned forms. A real
+    offset (LSQ+ activations, SAQ and DoReFa weights) stands beside them as explicit arithmetic: (x - offset) before
+    QuantizeLinear, + offset after DequantizeLinear. Opset 21; 25 with 2-bit types.
 
     The graph computes what the model computes in evaluation, up to the order of float sums (and a step where that moves
     a value over a tie). It is exact, not fast: BatchNorm stays a node, behind which ONNX Runtime multiplies in float.
@@ -196,7 +197,8 @@ def integer_state_dict(model):
 
     A quantized weight NAME.weight (levels q of ``shape``, dequantized as (q - zero_point) * scale + offset):
         NAME.weight.packed   uint8, ``qk.pack``'s layout; NAME.weight.bits 2, 4 or 8; NAME.weight.signed 0 or 1
-        NAME.weight.shape    int64; NAME.weight.axis int64, -1 for per tensor
+        NAME.weight.shape    int64; NAME.weight.axis int64, -1 for per tensor, and for groups: several rows, each of
+                             numel / rows neighbours along the last dimension
         NAME.weight.scale    float (rows,); NAME.weight.offset, NAME.weight.zero_point where the grid has them
     A quantized input: NAME.input.scale, .offset, .zero_point and .bounds, int64 (quant_min, quant_max).
     Everything else (biases, normalisation, float weights) under its name in the state dict.
@@ -353,6 +355,17 @@ def _translations():
         """Per tensor: ONNX wants a scalar."""
         return values if values is None or axis != layout.FLAT else op.Squeeze(values)
 
+    def dequantize_groups(q, scale, offset, zero_point):
+        rows, shape = scale.shape[0], tuple(q.shape)
+        size = math.prod(shape) // rows
+        blocks = [*shape[:-1], shape[-1] // size]  # a scale for each block along the last dimension
+        operands = [op.Reshape(value, blocks) for value in (scale, zero_point) if value is not None]
+        y = op.DequantizeLinear(q, *operands, axis=len(shape) - 1, block_size=size)
+        if offset is None:
+            return y
+        y = op.Add(op.Reshape(y, [rows, size]), op.Reshape(offset, [rows, 1]))
+        return op.Reshape(y, list(shape))
+
     def broadcast(values, axis, rank):
         return (
             op.Squeeze(values) if axis == layout.FLAT else op.Reshape(values, [-1] + [1] * (rank - axis - 1))
@@ -385,6 +398,8 @@ def _translations():
         return y if offset is None else op.Add(y, offset)
 
     def dequantize(q, scale, offset, zero_point, axis, dtype):
+        if axis == layout.FLAT and scale.shape[0] != 1:
+            return dequantize_groups(q, scale, offset, zero_point)
         along = {} if axis == layout.FLAT else {"axis": axis}
         operands = [per_row(value, axis) for value in (scale, zero_point) if value is not None]
         y = op.DequantizeLinear(q, *operands, **along)

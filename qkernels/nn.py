@@ -142,7 +142,7 @@ class IntegerWeight(nn.Module):
         levels, grid = quantizer.integers(weight)
         self.shape, self.axis, self.dtype = tuple(weight.shape), quantizer.axis, weight.dtype
         self.strides = torch.empty_like(weight).stride()
-        self.rows = quantizer.rows
+        self.rows, self.group_size = quantizer.rows, quantizer.group_size
         self.bits = next(b for b in (2, 4, 8) if b >= quantizer.bits)
         self.signed = levels.dtype == torch.int8
         # Levels of an unsigned 2-bit grid use the field's whole range; packing keeps the low bits of either sign.
@@ -169,7 +169,8 @@ class IntegerWeight(nn.Module):
 
     def forward(self, _=None):
         grid = {name: getattr(self, name) for name in self.grid_names}
-        return ops.dequantize(self.integers(), axis=self.axis, dtype=self.dtype, **grid)
+        where = {"axis": self.axis, "group_size": self.group_size}
+        return ops.dequantize(self.integers(), dtype=self.dtype, **where, **grid)
 
     def extra_repr(self):
         return f"shape={self.shape}, bits={self.bits}"

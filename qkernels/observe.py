@@ -33,17 +33,19 @@ def _several():
 
 
 class Statistics:
-    """Count, sums and extremes per row (``axis``), or of the whole tensor, in float64; and a strided sample of it."""
+    """Count, sums and extremes per row (``axis`` or ``group_size``), or of the whole tensor, in float64; and a strided
+    sample of it."""
 
-    def __init__(self, axis=None):
-        self.axis, self.sums, self.samples = axis, None, []
+    def __init__(self, axis=None, group_size=None):
+        self.axis, self.group_size, self.sums, self.samples = axis, group_size, None, []
 
     @torch.no_grad()
     def update(self, x):
         x = x.detach()
-        rows = (x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)).double()
-        if rows.numel() == 0:
+        if x.numel() == 0:
             return
+        along = x.reshape(-1, self.group_size or x.numel())
+        rows = (along if self.axis is None else x.movedim(self.axis, 0).flatten(1)).double()
         count = torch.full((rows.shape[0],), float(rows.shape[1]), dtype=torch.float64, device=x.device)
         sums = torch.stack([count, rows.sum(1), rows.square().sum(1), rows.abs().sum(1)])
         low, high = rows.amin(1), rows.amax(1)

@@ -19,6 +19,8 @@ class QConfig:
         method: "lsq" "lsq+" "asymmetric" "saq" "pact" "dorefa" "noise_tempering" "diffq" "ewgs".
         weight_bits, act_bits: 2 to 8; None leaves weights or activations in floating point.
         weight_axis: 0 per output channel, None per tensor.
+        weight_group_size: so many neighbours of a row share a step size, in Linear and Embedding layers, whose weights'
+            last dimension it must divide; convolutions keep weight_axis. None: no groups.
         first_last_bits: bits of weights and activations of the first and last layer, in the order in which the model
             holds them (``model.named_modules()``); None: as the others.
         act_signed: None decides per layer from the data. act_offset: method "saq" learns an offset for each layer's
@@ -37,6 +39,7 @@ class QConfig:
     weight_bits: int | None = 4
     act_bits: int | None = 4
     weight_axis: int | None = 0
+    weight_group_size: int | None = None
     first_last_bits: int | None = 8
     act_signed: bool | None = None
     act_offset: bool = False
@@ -62,6 +65,9 @@ class QConfig:
             raise ValueError(
                 f"weight_axis must be 0 (per output channel) or None (per tensor), got {self.weight_axis!r}"
             )
+        size = self.weight_group_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"weight_group_size must be an int of at least 1 or None, got {size!r}")
         if self.weight_bits is None and self.act_bits is None:
             raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
         if self.act_signed not in (True, False, None):
@@ -115,13 +121,21 @@ class QConfig:
 
     def weight_quantizer(self, layer_type, weight):
         """The quantizer of one weight, started from it."""
-        axis = None if self.weight_axis is None else qnn.QUANTIZED[layer_type].channel_axis
+        group = self.weight_group_size if layer_type in (nn.Linear, nn.Embedding) else None
+        axis = None if group or self.weight_axis is None else qnn.QUANTIZED[layer_type].channel_axis
+        rows = 1 if axis is None else weight.shape[axis]
+        if group:
+            if weight.shape[-1] % group:
+                raise ValueError(
+                    f"weight_group_size must divide the last dimension of a weight, {tuple(weight.shape)}; got {group}"
+                )
+            rows = weight.numel() // group
         options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
         if self.method == "saq":
             conv = layer_type not in (nn.Linear, nn.Embedding)
             options = {"weight_norm": self.weight_norm if conv else "none"}
         quantizer = q.WEIGHT[self.method](
-            self.weight_bits, "weight", axis=axis, rows=1 if axis is None else weight.shape[axis],
+            self.weight_bits, "weight", axis=axis, rows=rows, group_size=group,
             noise=self.weight_noise or q.WEIGHT_NOISE.get(self.method), count=self.grad_scale_count, **options,
         )  # fmt: skip
         quantizer.to(weight.device)

@@ -21,6 +21,7 @@ class Quantizer(nn.Module):
     Args:
         bits: levels are 2**bits. role: "weight" or "activation".
         axis, rows: per channel along ``axis`` with ``rows`` scales; None and 1 for per tensor.
+        group_size: that many neighbours along the last dimension share one of the ``rows`` scales; axis is None then.
         signed: True, False, or None to decide from the data (activations only).
         noise: one of qk.noise, drawn in training only. count: N of LSQ's gradient scale 1/sqrt(N * quant_max):
             "features" (elements that share a scale, without the batch) or "numel" (all elements).
@@ -33,12 +34,14 @@ class Quantizer(nn.Module):
     decayed = False  # whether weight decay applies to them (PACT)
     own_sign: bool | None = None  # the grid's sign where the method fixes it
 
-    def __init__(self, bits, role, axis=None, rows=1, signed=None, noise=None, count="features"):
+    def __init__(
+        self, bits, role, axis=None, rows=1, signed=None, noise=None, count="features", group_size=None
+    ):
         super().__init__()
         if count not in ("features", "numel"):
             raise ValueError(f"grad_scale_count must be 'features' or 'numel', got {count!r}")
         self.bits, self.role, self.axis, self.rows = bits, role, axis, rows
-        self.noise, self.count = noise, count
+        self.group_size, self.noise, self.count = group_size, noise, count
         self.signed = self.own_sign if self.own_sign is not None else (True if role == "weight" else signed)
         self.data_decides = self.signed is None
         for name in self.learned:
@@ -101,8 +104,8 @@ class Quantizer(nn.Module):
         if self.shift is not None:
             shift = {"shift": self.shift, "shift_scale": self.shift_scale}
         y = ops.fake_quantize(
-            x, axis=self.axis, quant_min=quant_min, quant_max=quant_max, grad_scale=self.grad_scale(x),
-            **(noise or shift), **self.grid(), **self.estimator(),
+            x, axis=self.axis, group_size=self.group_size, quant_min=quant_min, quant_max=quant_max,
+            grad_scale=self.grad_scale(x), **(noise or shift), **self.grid(), **self.estimator(),
         )  # fmt: skip
         if noise and shift:  # the pass has room for one addition
             y = y + self.shift_scale.to(y.dtype) * self.shift
@@ -120,7 +123,8 @@ class Quantizer(nn.Module):
             for name, value in self.grid().items()
         }
         x = self.prepare(x).detach()
-        return ops.quantize(x, axis=self.axis, quant_min=quant_min, quant_max=quant_max, **grid), grid
+        where = {"axis": self.axis, "group_size": self.group_size}
+        return ops.quantize(x, quant_min=quant_min, quant_max=quant_max, **where, **grid), grid
 
     @torch.no_grad()
     def start_from(self, statistics):
@@ -133,7 +137,7 @@ class Quantizer(nn.Module):
 
     def start_on(self, x):
         """Start from x: a weight, or what the processes agree on for their parts of a batch."""
-        statistics = Statistics(self.axis)
+        statistics = Statistics(self.axis, self.group_size)
         statistics.update(x.detach())
         self.start_from(statistics if self.role == "weight" else statistics.agreed())
 
@@ -188,7 +192,8 @@ class Quantizer(nn.Module):
             self.signed = signed
 
     def extra_repr(self):
-        rows = f", axis={self.axis}, rows={self.rows}" if self.rows > 1 else ""
+        where = f"axis={self.axis}" if self.group_size is None else f"group_size={self.group_size}"
+        rows = f", {where}, rows={self.rows}" if self.rows > 1 else ""
         sign = {True: ", signed", False: ", unsigned", None: ""}[self.signed]
         return f"bits={self.bits}{sign}{rows}" + (f", noise={self.noise}" if self.noise else "")
 

@@ -66,6 +66,9 @@ ONNX = [
     ("saq", 4, 4, {}, 21, "UINT4"),
     ("saq", 4, 4, {"act_offset": True}, 21, "UINT4"),
     ("lsq+", 4, 4, {}, 21, "INT4"),
+    ("lsq", 4, 4, {"weight_group_size": 16}, 21, "INT4"),
+    ("asymmetric", 4, 4, {"weight_group_size": 8}, 21, "UINT4"),
+    ("saq", 8, 4, {"weight_group_size": 4}, 21, "UINT8"),
 ]
 
 
@@ -147,8 +150,9 @@ def test_integer_indices_and_a_direct_call_in_onnx(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["lsq", "asymmetric", "saq", "lsq+", "pact"])
-def test_torch_program_equals_the_model(tmp_path, method):
-    model, x, _ = quantized(method)
+@pytest.mark.parametrize("group_size", [None, 8])
+def test_torch_program_equals_the_model(tmp_path, method, group_size):
+    model, x, _ = quantized(method, weight_group_size=group_size)
     want = {batch: model(x[:batch]) for batch in (1, 5, 32)}  # sums depend on the batch size
     before = {name: t.clone() for name, t in model.state_dict().items()}
     export_torch(model.train(), x[:1], tmp_path / "m.pt2")
@@ -173,7 +177,7 @@ def test_torch_export_of_the_model_itself(convert):
 
 @pytest.mark.parametrize("method", ["lsq", "asymmetric", "saq"])
 def test_integer_state_dict_holds_the_model(tmp_path, method):
-    model, x, _ = quantized(method)
+    model, x, _ = quantized(method, weight_group_size=4)
     tensors = integer_state_dict(model)
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(tensors, tmp_path / "m.safetensors")
@@ -184,6 +188,12 @@ def test_integer_state_dict_holds_the_model(tmp_path, method):
         levels, w["scale"], axis=int(w["axis"]), offset=w.get("offset"), zero_point=w.get("zero_point")
     )
     assert torch.equal(value, model.conv2.quantized_weight())
+    w = {name.removeprefix("fc.weight."): t for name, t in tensors.items() if "fc.weight." in name}
+    shape, rows = tuple(w["shape"].tolist()), w["scale"].numel()
+    levels = qk.unpack(w["packed"], int(w["bits"]), shape, bool(w["signed"]))
+    value = qk.dequantize(levels, w["scale"], group_size=levels.numel() // rows, offset=w.get("offset"),
+                          zero_point=w.get("zero_point"))  # fmt: skip
+    assert (int(w["axis"]), rows) == (-1, 80) and torch.equal(value, model.fc.quantized_weight())
     assert torch.equal(tensors["bn.running_var"], model.bn.running_var)
     assert torch.equal(tensors["conv2.bias"], model.conv2.bias) and "conv2.weight" not in tensors
     low, high = tensors["conv2.input.bounds"].tolist()

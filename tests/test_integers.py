@@ -32,6 +32,17 @@ def test_converted_outputs_are_the_same_bits(method, bits, axis):
         assert levels.dtype in (torch.int8, torch.uint8) and levels.unique().numel() <= 2**bits
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_converted_groups_are_the_same_bits(method, bits):
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(50, 16), nn.ReLU(), nn.Linear(16, 3))
+    sizes = {"weight_group_size": 10, "overrides": {"3": {"weight_group_size": 4}}}
+    model = calibrated(model=layers, method=method, weight_bits=bits, act_bits=bits, **sizes, **EVEN).eval()
+    y = model(batch())
+    assert same_bits(qk.convert_(model)(batch()), y)
+    assert model[1].weight_quantizer.scale.shape == (80,) and model[3].weight_quantizer.scale.shape == (12,)
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_converted_weights_keep_their_order_of_memory(before):
     """It is what a convolution chooses its algorithm, and so its rounding, by."""

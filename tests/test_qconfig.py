@@ -1,8 +1,10 @@
 """QConfig: which layers get which bits, scales and quantizers, and what is refused."""
 
+import copy
+
 import pytest
 import torch
-from layers import Net, batch, calibrated, same_bits
+from layers import EVEN, METHODS, Net, batch, calibrated, same_bits
 from torch import nn
 
 import qkernels as qk
@@ -76,6 +78,44 @@ def test_scales_per_output_channel_or_tensor():
     assert embedding.weight_quantizer.scale.shape == (7,) and embedding(torch.tensor([0])).abs().max() == 0
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_of_a_row_are_quantized_as_tensors_of_their_own(method):
+    settings = {"method": method, "weight_bits": 3, "act_bits": None, "weight_norm": "none", **EVEN}
+    layer = nn.Linear(12, 5)
+    with (
+        torch.no_grad()
+    ):  # pact and dorefa normalise by the largest weight of a layer, which each group so has
+        layer.weight[:, ::4] = layer.weight.abs().max()
+    groups = layer.weight.detach().reshape(-1, 4)
+    layer = qk.quantize_(layer, weight_group_size=4, **settings).eval()
+    assert layer.weight_quantizer.rows == 15 and "group_size=4, rows=15" in repr(layer)
+    x, upstream = torch.randn(2, 12), torch.randn(2, 5)
+    layer(x).backward(upstream)
+    for number, group in enumerate(groups):
+        single = nn.Linear(4, 1)
+        single.weight.data = group[None].clone()
+        single = qk.quantize_(single, weight_axis=None, **settings).eval()
+        got = layer.quantized_weight().reshape(-1, 4)[number]
+        assert torch.equal(got, single.quantized_weight()[0]), number
+        row, part = divmod(number, 3)
+        single(x[:, 4 * part : 4 * part + 4]).backward(upstream[:, row : row + 1])
+        for name, learned in single.weight_quantizer.named_parameters():
+            grad = getattr(layer.weight_quantizer, name).grad[number]
+            torch.testing.assert_close(grad, learned.grad[0], rtol=1e-4, atol=1e-6)
+
+
+def test_group_sizes_of_layers():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 6))
+    sizes = {"weight_group_size": 4, "overrides": {"3": {"weight_group_size": 2}}}
+    model = qk.quantize_(copy.deepcopy(net), **sizes)
+    assert [layer.weight_quantizer.rows for _, layer in convert.layers(model)] == [4, 32, 24]
+    embedding = qk.quantize_(nn.Embedding(7, 4), weight_group_size=2)
+    assert embedding.weight_quantizer.scale.shape == (14,)
+    with pytest.raises(ValueError, match=r"3: weight_group_size must divide .* \(6, 8\); got 16"):
+        qk.quantize_(net, weight_group_size=16)
+    assert not convert.layers(net), "a refused model stays as it was"
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -86,6 +126,8 @@ def test_scales_per_output_channel_or_tensor():
         ({"first_last_bits": "8"}, "first_last_bits must be an int from 2 to 8 or None, got '8'"),
         ({"weight_bits": None, "act_bits": None}, "weight_bits and act_bits are both None"),
         ({"weight_axis": 1}, r"weight_axis must be 0 \(per output channel\) or None \(per tensor\), got 1"),
+        ({"weight_group_size": 0}, "weight_group_size must be an int of at least 1 or None, got 0"),
+        ({"weight_group_size": True}, "weight_group_size must be an int of at least 1 or None, got True"),
         ({"grad_scale_count": "n"}, "grad_scale_count must be one of features, numel; got 'n'"),
         ({"weight_norm": True}, "weight_norm must be one of detach, full, none; got True"),
         ({"act_offset": 1.5}, "act_offset must be False, or True for method 'saq'; got 1.5 for 'lsq'"),
