@@ -5,7 +5,8 @@ for every torch from MINIMUM_TORCH on), `_elements` (pybind11, no torch), and `_
 ops, for the torch and the Python of this build alone, whose versions are in its name). Environment variables:
 
     QKERNELS_CPU     1 (default) or 0: compile nothing at all, a pure-Python install
-    QKERNELS_CUDA    auto (default): the CUDA library where nvcc is (12.1 or later); 1: it must be there; 0: never
+    QKERNELS_CUDA    auto (default): the CUDA library where nvcc is (12.1 or later) and compiles it; 1: it must be
+                     there; 0: never
     QKERNELS_CUDA_ARCHS   e.g. "80;90": GPU architectures; the last one is also kept as PTX
     CXX, CUDA_HOME, MAX_JOBS   host compiler, CUDA toolkit, number of parallel compilations
 """
@@ -44,6 +45,11 @@ TORCH_LIBRARIES = ["torch_cpu", "torch", "c10"]
 TORCH_CUDA_LIBRARIES = ["torch_cuda", "c10_cuda"]
 TORCH_PYTHON_LIBRARIES = ["torch_python"]
 
+WITHOUT = {
+    "_eager": "calls from Python take longer",
+    "_C_cuda": "GPUs are left to Triton (QKERNELS_CUDA=1 would have stopped here)",
+}
+
 NINJA_RULES = """\
 rule compile
   command = $cmd
@@ -62,14 +68,14 @@ class BuildError(SystemExit):
 class Step(NamedTuple):
     """One command: `output` from `inputs`; a compilation also writes `output`.d, the headers it read.
 
-    Without what is not `needed` the build is a slower one, but a build.
+    optional: the library without which there is still a build, where this or another of its steps fails.
     """
 
     output: Path
     inputs: list
     command: list
     compiles: bool = True
-    needed: bool = True
+    optional: str = ""
 
 
 def say(text):
@@ -112,9 +118,13 @@ def knows_cxx20(cxx):
     return subprocess.run(probe, capture_output=True).returncode == 0
 
 
+def cuda_wanted():
+    return setting("QKERNELS_CUDA", "auto", ("auto", "1", "0"))
+
+
 def find_nvcc():
     """The path of an nvcc that is new enough, or None; QKERNELS_CUDA=1 makes its absence an error."""
-    want = setting("QKERNELS_CUDA", "auto", ("auto", "1", "0"))
+    want = cuda_wanted()
     if want == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -231,7 +241,12 @@ def cuda_steps(cxx, nvcc, archs, work, extra):
     objects = [step.output for step in steps]
     linker = [nvcc, "-cudart=static", *host]
     output, libraries = work / "lib/_C_cuda.so", TORCH_LIBRARIES + TORCH_CUDA_LIBRARIES
-    return steps + link_steps(linker, objects, output, libraries, cxx, flag="-Xlinker=")
+    steps += link_steps(linker, objects, output, libraries, cxx, flag="-Xlinker=")
+    if cuda_wanted() == "1":
+        return steps
+    return [
+        step if step.output.parent.name == "stubs" else step._replace(optional="_C_cuda") for step in steps
+    ]
 
 
 def eager_steps(cxx, work, python):
@@ -243,7 +258,9 @@ def eager_steps(cxx, work, python):
     objects = [*(step.output for step in steps), work / "lib/_C_cpu.so"]
     output = work / "lib" / f"_eager.torch-{find_torch()[1]}{EXT_SUFFIX}"
     steps += link_steps(cxx, objects, output, [*TORCH_LIBRARIES, *TORCH_PYTHON_LIBRARIES], cxx)
-    return [step._replace(needed=step.output.name.startswith("lib")) for step in steps]
+    return [
+        step if step.output.parent.name == "stubs" else step._replace(optional="_eager") for step in steps
+    ]
 
 
 def elements_steps(cxx, work, python):
@@ -267,7 +284,7 @@ def plan():
         return []
     cxx = find_cxx()
     if not cxx:
-        if setting("QKERNELS_CUDA", "auto", ("auto", "1", "0")) == "1":
+        if cuda_wanted() == "1":
             raise BuildError("QKERNELS_CUDA=1 but no C++20 compiler: install g++ or set CXX")
         say(
             "no C++20 compiler: pure Python, the ops run on plain PyTorch and Triton (install g++, or set CXX)"
@@ -333,16 +350,17 @@ def run_all(steps, jobs):
 
 
 def run_possible(steps):
-    """Run the needed steps, then the others, which may fail; returns those that ran."""
-    needed = [step for step in steps if step.needed]
-    run_ninja(needed)
-    try:
-        if needed != steps:
-            run_ninja(steps, done=needed)
-    except BuildError as error:
-        say(f"{error}\nqkernels: going on without _eager (calls from Python take longer without it)")
-        return needed
-    return steps
+    """Run the steps that must not fail, then each optional library's; returns those that ran."""
+    done = [step for step in steps if not step.optional]
+    run_ninja(done)
+    for name in dict.fromkeys(step.optional for step in steps if step.optional):
+        more = done + [step for step in steps if step.optional == name]
+        try:
+            run_ninja(more, done)
+            done = more
+        except BuildError as error:
+            say(f"{error}\nqkernels: going on without {name}: {WITHOUT[name]}")
+    return done
 
 
 def build(package):

@@ -27,8 +27,14 @@ def ordered(x: torch.Tensor, rows: int, axis: int) -> torch.Tensor:
 
 
 def aligned(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """t in the memory order of x."""
-    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
+    """t in the memory order of the dense tensor x.
+
+    Not by ``copy_``, behind which compiled graphs of torch 2.10 and 2.11 have no gradient.
+    """
+    if t.stride() == x.stride():
+        return t
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return t.permute(order).contiguous().as_strided(x.shape, x.stride())
 
 
 def rows_inner(x: torch.Tensor, rows: int, axis: int) -> tuple[int, int]:

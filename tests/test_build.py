@@ -260,6 +260,30 @@ def test_a_torch_with_which_eager_does_not_compile_builds_without_it(
     assert {"qkernels_C_cpu.so", "libtorch_python.so"} <= needed(project / "package" / library)
 
 
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_an_nvcc_that_fails_costs_the_cuda_library_alone_unless_it_is_asked_for(
+    native, project, monkeypatch, capfd, wanted
+):
+    monkeypatch.setenv("QKERNELS_CUDA", wanted)
+    nvcc, folder = project / "nvcc", project / "csrc/cuda"
+    nvcc.write_text("#!/bin/sh\necho unsupported GNU version >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    folder.mkdir()
+    (folder / "one.cu").write_text("")
+    (project / "csrc/eager").mkdir()
+    (project / "csrc/eager/one.cpp").write_text("int two() { return 2; }\n")
+    monkeypatch.setattr(native, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.setattr(native, "cuda_archs", lambda nvcc: ["80"])
+    monkeypatch.setattr(native, "cuda_include", lambda nvcc: folder)
+    if wanted == "1":
+        with pytest.raises(SystemExit, match="the build failed"):
+            native.build(project / "package")
+        return
+    assert [path.name[:6] for path in native.build(project / "package")] == ["_C_cpu", "_eager"]
+    out = capfd.readouterr().out
+    assert "unsupported GNU version" in out and "going on without _C_cuda: GPUs are left to Triton" in out
+
+
 def test_without_python_h_only_what_python_imports_is_left_out(native, project, monkeypatch, capfd, tmp_path):
     (project / "csrc/elements.cpp").write_text("#error must not be compiled\n")
     (project / "csrc/eager").mkdir()

@@ -158,6 +158,21 @@ def test_where_the_op_is_in_a_compiled_graph(fresh_dynamo, dtype, forced, op):
     assert ("qkernels.fake_quantize" in graphs.pop()) == op
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_compiled_groups_of_a_transposed_tensor(fresh_dynamo, backend):
+    """Their output is brought back to the order of x, which must not cost the gradient."""
+
+    def turned(x, scale):
+        return torch.tanh(qk.fake_quantize(2 * x.sin().mT, scale, bits=4, group_size=2)).sum()
+
+    x, scale = torch.randn(3, 4, 6, requires_grad=True), torch.rand(36).add(0.2).requires_grad_()
+    with qk.use_backend(backend) if backend else contextlib.nullcontext():
+        found = [torch.autograd.grad(f(x, scale), (x, scale))
+                 for f in (turned, torch.compile(turned, fullgraph=True, backend="aot_eager"))]  # fmt: skip
+    assert found[0][0].abs().sum() > 0
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 def test_compiled_integers(fresh_dynamo):
     def there_and_back(x, scale):
         q = qk.quantize(x, scale, bits=4)

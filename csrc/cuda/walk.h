@@ -76,7 +76,8 @@ struct Walk {
     across = int((chunks + tiles - 1) / tiles);
     down = kThreads / across;
     const int64_t steps = (lines + down - 1) / down;
-    stretch = down * std::clamp<int64_t>(steps * tiles / 512, 2, 64);
+    // Some waves of blocks, so that the last one, which leaves multiprocessors idle, is a small share of them.
+    stretch = down * std::clamp<int64_t>(steps * tiles / 2048, 2, 64);
     parts = (lines + stretch - 1) / stretch;
     units = tiles * parts;
   }

@@ -73,4 +73,4 @@ def standardized_distance_backward(grad, student, teacher, moments, axis, eps, m
     like = layout.dense(student)
     p, q, near_s, near_t, rest = (_channelwise(v.to(dtype), like, axis) for v in (p, q, near_s, near_t, rest))
     ds = p * (like.to(dtype) - near_s) + (q * (layout.aligned(teacher, like).to(dtype) - near_t) + rest)
-    return torch.empty_like(like).copy_(ds.to(student.dtype))
+    return layout.aligned(ds.to(student.dtype), like)

@@ -71,10 +71,7 @@ def fake_quantize(x, scale, offset, zero_point, axis, quant_min, quant_max, kind
     y = values(
         x, scale, offset, zero_point, axis, quant_min, quant_max, kind, a, b, seed, stream, shift, shift_scale
     )
-    like = layout.ordered(x, scale.numel(), axis)
-    out = torch.empty_like(like)
-    out.copy_(y.to(x.dtype).reshape(x.shape))
-    return out
+    return layout.aligned(y.to(x.dtype).reshape(x.shape), layout.ordered(x, scale.numel(), axis))
 
 
 def values(
@@ -128,8 +125,7 @@ def fake_quantize_backward(grad, x, scale, offset, zero_point, axis, quant_min, 
                                   stream)  # fmt: skip
     g = _compute(layout.rowwise(layout.aligned(grad, like), rows, axis))
     passed = g if ewgs == 0 else g - torch.tensor(ewgs, dtype=g.dtype, device=g.device) * g.abs() * error
-    dx = torch.empty_like(like)
-    dx.copy_(torch.where(outside, 0.0, passed).to(x.dtype).reshape(x.shape))
+    dx = layout.aligned(torch.where(outside, 0.0, passed).to(x.dtype).reshape(x.shape), like)
     dscale = layout.sum_rows(g * term, rows, axis) * grad_scale * _sign(scale).double()
     if offset is None:
         return dx, dscale.to(scale.dtype), scale.new_empty(0)
@@ -143,8 +139,8 @@ def quantize(x, scale, offset, zero_point, axis, quant_min, quant_max):
     q = torch.where(e.q.isnan(), e.clip(torch.zeros_like(e.q)), e.q)
     if zero_point is not None:
         q = q + layout.per_element(e.x, zero_point, axis)
-    out = torch.empty_like(layout.ordered(x, scale.numel(), axis), dtype=integer_type(quant_max))
-    return out.copy_(q.reshape(x.shape))
+    q = q.to(integer_type(quant_max)).reshape(x.shape)
+    return layout.aligned(q, layout.ordered(x, scale.numel(), axis))
 
 
 def integer_type(quant_max):
@@ -161,7 +157,7 @@ def dequantize(q, scale, offset, zero_point, axis, dtype):
         level = (stored.int() - layout.per_element(stored, zero_point, axis)).to(scale.dtype)
     y = level * layout.per_element(stored, safe_scale(scale), axis)
     y = y + (0.0 if offset is None else layout.per_element(stored, offset, axis))
-    return torch.empty_like(like, dtype=dtype).copy_(y.reshape(q.shape))
+    return layout.aligned(y.to(dtype).reshape(q.shape), like)
 
 
 def pack(q, bits):

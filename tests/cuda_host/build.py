@@ -18,6 +18,10 @@ LAUNCH = re.compile(r"([\w:]+(?:<[^;{}]*?>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.DO
 MAX_BLOCKS = 3
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-fsanitize=alignment", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-ftrivial-auto-var-init=pattern", f"-DQK_MAX_BLOCKS={MAX_BLOCKS}"]
+LINK = [
+    "-shared",
+    "-Wl,-Bsymbolic",
+]  # or else cudaGetLastError would be the one that a CUDA build of torch brings
 
 
 def native():
@@ -83,11 +87,11 @@ def library():
         # The longest first.
         names = sorted(texts, key=lambda name: (name in ("entry", "emulator"), -len(texts[name])))
         objects = list(pool.map(lambda name: compile_object(command, name, texts[name], read), names))
-        digest = hashlib.sha256("".join(path.name for path in objects).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(" ".join([*LINK, *(path.name for path in objects)]).encode()).hexdigest()[:16]
         output = WORK / f"libkernels-{digest}.so"
         if not output.exists():
             for old in WORK.glob("libkernels-*"):
                 old.unlink()
-            subprocess.run([*cxx, "-shared", *map(str, objects), "-o", f"{output}.tmp"], check=True)
+            subprocess.run([*cxx, *LINK, *map(str, objects), "-o", f"{output}.tmp"], check=True)
             Path(f"{output}.tmp").rename(output)
     return ctypes.CDLL(str(output))
