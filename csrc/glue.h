@@ -31,7 +31,7 @@ inline Tensor allocate(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &made));
+                                                  device_type, device_index, &made));
   return Tensor(made);
 }
 
