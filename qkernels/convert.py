@@ -13,7 +13,7 @@ from . import quantizers as q
 from .observe import Statistics, run_first, share_reached
 from .qconfig import QConfig
 from .seeds import SeedSource
-from .wrapped import check_whole
+from .wrapped import check_whole, refresh, settle, unwrapped
 
 
 def quantize_(model, config=None, **settings):
@@ -87,6 +87,10 @@ def _quantized(layer, config):
         raise ValueError(
             "an Embedding with sparse=True cannot be quantized: its gradient would be dense; use sparse=False"
         )
+    if getattr(layer, "max_norm", None) is not None:
+        raise ValueError(
+            "an Embedding with max_norm cannot be quantized: it changes the table that was quantized, not the weight"
+        )
     weight = None if config.weight_bits is None else config.weight_quantizer(kind, layer.weight)
     takes_floats = config.act_bits is not None and kind is not nn.Embedding
     return qnn.QUANTIZED[kind].wrap(layer, weight, config.activation_quantizer() if takes_floats else None)
@@ -107,14 +111,17 @@ def disabled(model, *names):
     """Inside the block the quantizers pass on what they get: all, or those of the modules of these names and below.
 
     For a layer's share of the loss in accuracy, say, or some epochs in floating point first. SAQ's and DoReFa's
-    weights are then those before their normalisation. ValueError for a name without quantizers.
+    weights are then those before their normalisation. ValueError for a name without quantizers, or with weights that
+    are converted to integers.
     """
-    found = []
+    found, model = [], unwrapped(model)
     for wanted in names or ("",):
         own = [layer for name, layer in layers(model) if wanted == "" or candidates.within(name, wanted)]
         of = [m for layer in own for m in quantizers(layer)]
         if not of:
             raise ValueError(f"{wanted or 'model'} has no quantizers that could be disabled")
+        if any(isinstance(layer.weight_quantizer, qnn.IntegerWeight) for layer in own):
+            raise ValueError(f"{wanted or 'model'} has integer weights (convert_), which cannot be disabled")
         found += [m for m in of if not m.off]
     try:
         for quantizer in found:
@@ -142,9 +149,6 @@ def calibrate(model, loader, batches=8, forward=run_first):
     if not found:
         raise ValueError("model has no quantizer: call qk.quantize_ first")
     check_whole(model, "calibrate")
-    for _, layer in layers(model):
-        if isinstance(layer.weight_quantizer, q.Quantizer):
-            layer.weight_quantizer.start_on(layer.weight)
     modes = [(m, m.training) for m in model.modules()]
     norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
@@ -154,6 +158,10 @@ def calibrate(model, loader, batches=8, forward=run_first):
     device = next(model.parameters()).device
     model.eval()
     try:
+        for _, layer in layers(model):
+            if isinstance(layer.weight_quantizer, q.Quantizer):
+                refresh(layer)
+                layer.weight_quantizer.start_on(layer.weight)
         for norm in norms:
             norm.train()
         for quantizer in observed:
@@ -203,7 +211,8 @@ def _of(model, quantizers):
 def convert_(model):
     """Replace every quantized weight by packed integers, in place; evaluation outputs stay the same, bit for bit.
 
-    The model is left in evaluation mode and cannot be trained further. ValueError where nothing is quantized, or
+    The model is left in evaluation mode and cannot be trained further. Pruning, weight_norm and parametrizations of
+    these weights are made permanent first. ValueError where nothing is quantized, or
     it is converted already.
     """
     quantized = [layer.weight_quantizer for _, layer in layers(model)]
@@ -217,10 +226,11 @@ def convert_(model):
     check_whole(model, "convert_")
     model.eval()
     for _, layer in found:
-        integer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
-        layer._parameters.pop("weight", None)  # torch.nn.utils.weight_norm keeps it elsewhere
+        settle(layer)
+    for _, layer in found:
+        layer.weight_quantizer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
+        del layer.weight
         layer.weight = None
-        layer.weight_quantizer = integer
     return model
 
 

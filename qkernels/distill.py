@@ -1,6 +1,7 @@
 """Distillation from a float teacher: the features of every quantized layer (FPQ's CSD), or the logits."""
 
 import sys
+from functools import partial
 
 import torch
 from torch import nn
@@ -38,22 +39,29 @@ class FeatureDistillation:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction, self.weight = reduction, weight
-        self.teacher = teacher.eval()
         wanted, given = unwrapped(student), unwrapped(teacher)
         if wanted is given:
             raise ValueError("teacher must be another model than student, got the same one")
+        both = {id(m) for m in wanted.modules()}
+        shared = [name for name, m in given.named_modules() if id(m) in both]
+        if shared:
+            raise ValueError(
+                f"teacher must share no module with student, for it runs in eval mode; got {', '.join(shared)}"
+            )
         self.axes = _layers(wanted, layers)
         missing = [name for name in self.axes if name not in dict(given.named_modules())]
         if missing:
             raise ValueError(
                 f"teacher must have a module of every layer's name; it lacks {', '.join(missing)}"
             )
-        self._asking = False
+        self.teacher, self._asking = teacher.eval(), False
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # graphs that were compiled before would not call the hooks
         # Nothing is kept of the student's evaluation, nor of what the teacher does for others.
-        self._student = _Recorder(wanted, self.axes, lambda model: model.training or torch.is_grad_enabled())
-        self._teacher = _Recorder(given, self.axes, lambda model: self._asking)
+        self._student = _Recorder(lambda model: model.training or torch.is_grad_enabled())
+        self._teacher = _Recorder(lambda model: self._asking)
+        self._student.attach(wanted, self.axes)
+        self._teacher.attach(given, self.axes)
 
     def loss(self, *args, **kwargs):
         """The distance of the features of student's last forward; ``args`` is what that forward was given.
@@ -116,12 +124,17 @@ class _Recorder:
     module called on its own, leaves nothing behind.
     """
 
-    def __init__(self, model, names, wanted):
-        self.wanted, self.running, self.outputs = wanted, False, {}
+    def __init__(self, wanted=lambda model: False):
+        self.wanted, self.running, self.outputs, self.handles = wanted, False, {}, []
+
+    def __reduce__(self):
+        return _Recorder, ()  # a copy of the model has nobody who would take its features: it records nothing
+
+    def attach(self, model, names):
         modules = dict(model.named_modules())
         self.handles = [
             model.register_forward_pre_hook(self.start),
-            *(modules[name].register_forward_hook(self.keep(name)) for name in names),
+            *(modules[name].register_forward_hook(partial(self.keep, name)) for name in names),
             model.register_forward_hook(self.stop, always_call=True),
         ]
 
@@ -129,17 +142,14 @@ class _Recorder:
         self.outputs.clear()
         self.running = self.wanted(module)
 
-    def keep(self, name):
-        def hook(module, args, output):
-            if self.running:
-                if not isinstance(output, torch.Tensor):
-                    raise TypeError(
-                        f"layers: {name} returns a {type(output).__name__}; accepted are modules that return a tensor"
-                    )
-                version = None if torch.compiler.is_compiling() else output._version
-                self.outputs.setdefault(name, []).append((output, version))
-
-        return hook
+    def keep(self, name, module, args, output):
+        if self.running:
+            if not isinstance(output, torch.Tensor):
+                raise TypeError(
+                    f"layers: {name} returns a {type(output).__name__}; accepted are modules that return a tensor"
+                )
+            version = None if torch.compiler.is_compiling() else output._version
+            self.outputs.setdefault(name, []).append((output, version))
 
     def stop(self, module, args, output):
         self.running = False

@@ -15,6 +15,7 @@ from . import nn as qnn
 from .files import whole
 from .quantizers import Quantizer
 from .reference.quantizer import safe_scale
+from .wrapped import refresh
 
 FORMATS = ("onnx", "torch")
 CHECKED_IMAGES = 64
@@ -199,7 +200,7 @@ def integer_state_dict(model):
         NAME.weight.packed   uint8, ``qk.pack``'s layout; NAME.weight.bits 2, 4 or 8; NAME.weight.signed 0 or 1
         NAME.weight.shape    int64; NAME.weight.axis int64, -1 for per tensor, and for groups: several rows, each of
                              numel / rows neighbours along the last dimension
-        NAME.weight.scale    float (rows,); NAME.weight.offset, NAME.weight.zero_point where the grid has them
+        NAME.weight.scale    positive, float (rows,); NAME.weight.offset, NAME.weight.zero_point where the grid has them
     A quantized input: NAME.input.scale, .offset, .zero_point and .bounds, int64 (quant_min, quant_max).
     Everything else (biases, normalisation, float weights) under its name in the state dict.
 
@@ -215,11 +216,15 @@ def integer_state_dict(model):
         if weight is not None:
             axis = layout.FLAT if weight.axis is None else weight.axis
             found = {"packed": weight.packed, **{key: getattr(weight, key) for key in weight.grid_names}}
+            found["scale"] = safe_scale(
+                found["scale"]
+            )  # training may turn its sign, of which the ops take no notice
             numbers = {"bits": [weight.bits], "signed": [int(weight.signed)], "axis": [axis]}
             found |= {key: torch.tensor(value) for key, value in {**numbers, "shape": weight.shape}.items()}
             tensors |= {f"{prefix}weight.{key}": value for key, value in found.items()}
         if act is not None:
             found = {key: value for key, value in act.grid().items() if value is not None}
+            found["scale"] = safe_scale(found["scale"])
             found["bounds"] = torch.tensor(act.bounds())
             tensors |= {f"{prefix}input.{key}": value for key, value in found.items()}
         layer.weight_quantizer = layer.input_quantizer = None
@@ -236,6 +241,7 @@ def _integer_copy(model):
                     f"the {role} of {name or 'the model'} has no step size yet: call qk.calibrate(model, loader), "
                     "train, or load a checkpoint"
                 )
+        refresh(layer)  # else it may hold a weight with a graph, which has no copy
     copied = copy.deepcopy(model).eval().requires_grad_(False)
     if any(isinstance(layer.weight_quantizer, Quantizer) for _, layer in convert.layers(copied)):
         convert.convert_(copied)

@@ -22,9 +22,30 @@ def whole(path):
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def alone(folder, message):
+    """FileExistsError(message) where another process is in this context for the folder; the system forgets the dead."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(message) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path, text):
     with whole(path) as part:
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
 
 
 def json_text(value):

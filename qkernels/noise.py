@@ -69,6 +69,7 @@ class StochasticRounding:
 
 
 Noise = Tempering | FeaturePerturbation | Pseudo | StochasticRounding
+KINDS = (Tempering, FeaturePerturbation, Pseudo, StochasticRounding)  # compilers do not look into a union
 
 
 def _number(value) -> bool:

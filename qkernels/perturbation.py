@@ -8,6 +8,7 @@ import numbers
 import torch
 
 from . import layout, ops, quantizers
+from .nn import IntegerWeight
 from .reference.perturb import ADAPTIVE, ALONG, ASCEND, ASCEND_SIGN, DRAWN, MAGNITUDE, NORMAL, UNIFORM
 from .wrapped import check_whole
 
@@ -82,11 +83,16 @@ def perturbed(model, kind="normal", *, params=None, **settings):
             sizes, clip levels), and for kinds that need a gradient only those that have one.
         kind, settings: as ``perturb``, one copy.
 
-    Yields: the perturbed tensors, in the order of ``params``. Raises: as ``perturb``.
+    Yields: the perturbed tensors, in the order of ``params``. Raises: as ``perturb``; ValueError for a converted model
+    without ``params``.
     """
     if "num" in settings:
         raise ValueError(f"perturbed puts one copy into the model, got num={settings['num']!r}")
     check_whole(model, "perturbed")
+    if params is None and any(isinstance(m, IntegerWeight) for m in model.modules()):
+        raise ValueError(
+            "model has integer weights (convert_), which are no parameters: give params, or the model before"
+        )
     if params is None:
         params = weights(model)
         if kind in _WITH_GRADIENT and settings.get("grads") is None:

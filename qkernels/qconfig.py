@@ -28,6 +28,7 @@ class QConfig:
         grad_scale_count: N of LSQ's gradient scale, "features" (paper) or "numel" (most public code).
         weight_norm: "detach", "full" or "none", SAQ's standardisation of convolution weights.
         weight_noise, act_noise: one of qk.noise; the method's own where it has one ("noise_tempering", "diffq").
+            A layer that runs several times in one forward draws the same numbers each time.
         ewgs_delta: of method "ewgs".
         overrides: settings of single layers (mixed precision), {"layer4": {"weight_bits": 8}, ...}: of the module of
             that name and all below. The longest name counts; bits that are given here go before first_last_bits.

@@ -95,7 +95,8 @@ class Quantizer(nn.Module):
             self.statistics.update(x)
             return x
         if self.off:
-            return x
+            y = x.view_as(x) if self.listeners else x  # of their own, for listeners put hooks on outputs
+            return self._heard(y if self.shift is None else self._shifted(y))
         if not self.started:
             self._start_from_batch(x)
         x = self.prepare(x)
@@ -108,7 +109,13 @@ class Quantizer(nn.Module):
             grad_scale=self.grad_scale(x), **(noise or shift), **self.grid(), **self.estimator(),
         )  # fmt: skip
         if noise and shift:  # the pass has room for one addition
-            y = y + self.shift_scale.to(y.dtype) * self.shift
+            y = self._shifted(y)
+        return self._heard(y)
+
+    def _shifted(self, y):
+        return y + self.shift_scale.to(y.dtype) * self.shift
+
+    def _heard(self, y):
         for listener in self.listeners:
             listener(y)
         return y
@@ -183,6 +190,14 @@ class Quantizer(nn.Module):
         if bits not in (None, self.bits):
             warnings.warn(
                 f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for: they start anew",
+                stacklevel=2,
+            )
+            self.state.zero_()
+            signed = None
+        if signed is not None and not self.data_decides and signed != self.signed:
+            warnings.warn(
+                f"step sizes of {'a signed' if signed else 'an unsigned'} grid were loaded for {self._said()}, whose "
+                f"method or setting has {'a signed' if self.signed else 'an unsigned'} one: they start anew",
                 stacklevel=2,
             )
             self.state.zero_()

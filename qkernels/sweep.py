@@ -101,7 +101,7 @@ def load_grid(path, fixed=None):
         )
     toml = _toml()
     try:
-        given = toml.loads(file.read_text())
+        given = toml.loads(file.read_text(encoding="utf-8"))
     except toml.TOMLDecodeError as error:
         raise ValueError(f"grid: {file} is not valid TOML: {error}") from None
     if unknown := sorted(given.keys() - set(_KEYS)):

@@ -216,6 +216,13 @@ def test_a_few_steps_of_training_lower_the_loss(method):
     assert losses[-1] < 0.6 * losses[0]
 
 
+def test_an_embedding_with_a_largest_norm_is_refused():
+    net = nn.Sequential(nn.Embedding(4, 3, max_norm=1.0), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="0: an Embedding with max_norm cannot be quantized"):
+        qk.quantize_(net)
+    assert not convert.layers(net)
+
+
 def test_sparse_embedding_is_refused():
     with pytest.raises(ValueError, match="sparse=True cannot be quantized"):
         qk.quantize_(nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 2)))
@@ -341,6 +348,13 @@ def test_disabled_quantizers_pass_everything_on():
     with pytest.raises(KeyError), qk.disabled(model):
         raise KeyError
     assert torch.equal(model(x), quantized)
+    with qk.disabled(torch.compile(model), "body"):
+        assert torch.equal(model.body[0].quantized_weight(), source.body[0].weight)
+    with (
+        pytest.raises(ValueError, match="model has integer weights .*cannot be disabled"),
+        qk.disabled(qk.convert_(model)),
+    ):
+        pass
 
 
 def test_layers_made_by_hand_get_their_quantizers():

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import weakref
 
 import pytest
@@ -208,7 +209,27 @@ def test_bad_models(setting):
         make(student, student)
     with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'none'"):
         make(student, teacher, reduction="none")
+    shared = copy.deepcopy(teacher).train()
+    shared.norm = student.norm
+    with pytest.raises(ValueError, match="share no module with student.* got norm"):
+        make(student, shared)
+    assert student.norm.training
     assert not any(m._forward_hooks for model in (student, teacher) for m in model.modules())
+
+
+def test_copies_and_files_of_a_student_record_nothing(setting):
+    """Neither what the student's last forward left nor the hooks stand in their way."""
+    student, teacher, x = setting
+    distill = qk.distill.FeatureDistillation(student, teacher)
+    y = student(x)
+    file = io.BytesIO()
+    torch.save(student, file)
+    file.seek(0)
+    for other in (copy.deepcopy(student), torch.load(file, weights_only=False)):
+        other(torch.zeros_like(x))
+        torch.testing.assert_close(other(x), y)
+    distill.loss(x).backward()
+    assert student.conv1.weight.grad.abs().sum() > 0
 
 
 def test_bad_forwards(setting):

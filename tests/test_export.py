@@ -204,6 +204,23 @@ def test_integer_state_dict_holds_the_model(tmp_path, method):
     assert torch.equal(value, model.conv2.input_quantizer(x))
 
 
+@pytest.mark.parametrize("method", ["lsq", "lsq+", "asymmetric"])
+def test_step_sizes_are_positive_in_the_integer_state_dict(method):
+    """Training may turn their signs, of which the ops take no notice, but the formula does."""
+    model, _, _ = quantized(method)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("scale"):
+                p[::2].neg_()
+    w = {name.removeprefix("conv2."): t for name, t in integer_state_dict(model).items() if "conv2." in name}
+    levels = qk.unpack(w["weight.packed"], 4, tuple(w["weight.shape"].tolist()), bool(w["weight.signed"]))
+    zero = w.get("weight.zero_point", torch.zeros(8)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(
+        (levels - zero) * w["weight.scale"].view(-1, 1, 1, 1), model.conv2.quantized_weight()
+    )
+    assert (w["weight.scale"] > 0).all() and (w["input.scale"] > 0).all()
+
+
 def test_activations_alone_can_be_quantized(tmp_path):
     model, x, want = quantized(weight_bits=None)
     export_torch(model, x, tmp_path / "m.pt2")

@@ -303,6 +303,14 @@ def test_quantizers_numbers_are_not_perturbed():
     assert len(copy) == len(list(net.parameters())) - len(scales)
 
 
+def test_integer_weights_are_no_parameters():
+    net = qk.convert_(qk.quantize_(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), act_bits=None))
+    with pytest.raises(ValueError, match="model has integer weights"), qk.perturbed(net, "normal", std=0.1):
+        pass
+    with qk.perturbed(net, "normal", std=0.1, params=[net[0].bias]) as (bias,):
+        assert net[0].bias.data_ptr() == bias.data_ptr()
+
+
 def test_copies_feed_functional_call():
     net = model().eval()
     x, names = torch.randn(5, 2, 6, 6), [name for name, _ in net.named_parameters()]

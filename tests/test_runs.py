@@ -13,9 +13,10 @@ import pytest
 import torch
 from tiny import QUANTIZED, TINY, Tiny, assert_same
 
-from qkernels.training import build, checkpoint, load_run, make_config, train
+from qkernels.training import build, checkpoint, load_run, make_config, run, train
 from qkernels.training.config import check_unchanged, read_config
 from qkernels.training.engine import Interrupt, Trainer
+from qkernels.training.log import read_json
 from qkernels.training.run import Diverged, Interrupted
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +60,23 @@ def test_a_run_is_not_overwritten_and_a_complete_one_not_repeated(tmp_path, caps
     assert train(config, out, resume=True) == result
     assert "this run is complete" in capsys.readouterr().err
     assert (out / "log.jsonl").stat().st_mtime_ns == before
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, monkeypatch):
+    out, config = tmp_path / "run", make_config(**{**TINY, "epochs": 1}, recipe="float")
+    during = []
+    epochs = run._train_epochs
+
+    def train_epochs(*args):
+        for resume, message in ((False, "already holds a run"), (True, "another process trains in")):
+            with pytest.raises(FileExistsError, match=message):
+                train(config, out, resume=resume, quiet=True)
+            during.append(resume)
+        return epochs(*args)
+
+    monkeypatch.setattr(run, "_train_epochs", train_epochs)
+    assert train(config, out, quiet=True) == read_json(out / "result.json")
+    assert during == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -351,11 +352,31 @@ def test_bad_use_is_refused_before_anything_is_written():
     assert train(net, quiet, batches(1)) == 2
 
 
+@pytest.mark.parametrize("case", [1, 2, 3])
+def test_saq_without_quantizers_perturbs_the_weights_all_the_same(case):
+    """Inside qk.disabled Q(w) is w, so that all cases are SAM."""
+    results = []
+    makers = (
+        partial(qk.optim.SAM, rho=0.5),
+        partial(qk.optim.SAQ, rho=0.5, case=case, every=1, vanilla_loss=False),
+    )
+    for make in makers:
+        net = qk.quantize_(network(), weight_bits=2, act_bits=None)
+        with qk.disabled(net):
+            train(net, make(net, base_of("sgd", net.parameters())), batches(3))
+        results.append([p.detach() for p in net.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not any(p._backward_hooks for p in net.parameters())
+
+
 @pytest.mark.parametrize(
     "case, method", [(3, "lsq"), (1, "lsq"), (3, "noise_tempering"), (1, "noise_tempering")]
 )
 def test_saq_on_a_model_that_was_compiled_before(case, method):
     """Its graphs look again at what SAQ gives the quantizers."""
+    if method == "lsq" and torch.__version__.startswith("2.10."):
+        pytest.skip("the compiler of torch 2.10 stops at an integer that became symbolic there")
     results = []
     for compiled in (False, True):
         net = qk.quantize_(network(norm=False), method=method, weight_bits=3, act_bits=None)

@@ -102,6 +102,20 @@ def test_a_checkpoint_of_other_bits_starts_anew(method):
     assert same.stem.weight_quantizer.started, "a checkpoint that does not say its bits"
 
 
+@pytest.mark.parametrize("source, target", [("lsq", "asymmetric"), ("asymmetric", "lsq"), ("lsq", "dorefa")])
+def test_a_checkpoint_of_another_grid_starts_anew(source, target):
+    saved = calibrated(method=source).state_dict()
+    model, wanted = qk.quantize_(Net(), method=target), qk.quantize_(Net(), method=target)
+    with pytest.warns(
+        UserWarning, match="grid were loaded for .* of the weights of stem, whose .*: they start anew"
+    ):
+        model.load_state_dict(saved, strict=False)
+    wanted.load_state_dict({k: v for k, v in saved.items() if "quantizer" not in k}, strict=False)
+    for (_, mine), (_, other) in zip(convert.layers(model), convert.layers(wanted), strict=True):
+        assert mine.weight_quantizer.bounds() == other.weight_quantizer.bounds()
+        assert torch.equal(mine.quantized_weight(), other.quantized_weight())
+
+
 def test_averages_of_buffers_leave_the_grid():
     """An average of equal numbers is off by a rounding, and integers are cut off."""
     model = calibrated(method="asymmetric").eval()

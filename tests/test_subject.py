@@ -86,6 +86,19 @@ def test_images_go_to_convolutions_with_their_channels_last_where_the_network_ta
         subject.logits(subject.effective(subject.values), x[..., :4])
 
 
+def test_a_network_is_measured_as_it_is_inside_disabled():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+    data = [(torch.randn(12, 1, 4, 4), torch.arange(12) % 3)]
+    want = F.cross_entropy(net(data[0][0]), data[0][1])
+    qk.calibrate(qk.quantize_(net, weight_bits=2, act_bits=2, first_last_bits=None), [data[0][0]])
+    quantized = F.cross_entropy(net.eval()(data[0][0]), data[0][1])
+    for weights in ("latent", "quantized"):
+        with qk.disabled(net):
+            inside = sharpness.linf_sharpness(net, data, F.cross_entropy, weights=weights).loss
+        assert inside == pytest.approx(want.item(), rel=1e-5) != pytest.approx(quantized.item(), rel=1e-3)
+
+
 def test_shared_weights_move_together():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

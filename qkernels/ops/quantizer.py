@@ -300,7 +300,7 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
     scale, offset, zero_point, axis = prepare(x, scale, offset, zero_point, axis, group_size)
     kind, a, b = noises.PLAIN, 0.0, 0.0
     if noise is not None:
-        if not isinstance(noise, noises.Noise):
+        if not isinstance(noise, noises.KINDS):
             raise TypeError(
                 f"noise must be one of qk.noise (Tempering, FeaturePerturbation, ...), got {noise!r}"
             )

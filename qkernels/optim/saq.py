@@ -5,6 +5,7 @@ import weakref
 import torch
 
 from .. import quantizers
+from ..wrapped import check_parameter
 from . import lists
 from .sam import SAM
 
@@ -31,7 +32,8 @@ class SAQ(SAM):
 
     Case 3 captures gradients by hooks on tensors, which torch.compile takes without ``fullgraph`` alone.
 
-    Raises: as ``SAM``; ValueError for another case, and in cases 1 and 3 for a model with no quantized weight.
+    Raises: as ``SAM``; ValueError for another case, and in cases 1 and 3 for a model with no quantized weight, or with
+    one that is computed from other parameters (pruning, weight_norm).
     Source: SAQ, eqs. 9, 12, 14, 15 and Algorithm 1; where the first tau - 1 steps have no g_v yet, g_s = g.
     """
 
@@ -53,9 +55,12 @@ class SAQ(SAM):
         )
         self.case = case
         if case != 2 and not self._quantized():
-            raise ValueError(
-                f"case {case} needs a model with quantized weights: call qk.quantize_(model) first"
+            word = (
+                "that learn (requires_grad)"
+                if self._quantized(frozen=True)
+                else ": call qk.quantize_(model) first"
             )
+            raise ValueError(f"case {case} needs a model with quantized weights{word}")
         if case == 3:
             # Of frozen layers as well, which may learn later.
             self._captures = {layer: _Capture() for layer in self._quantized(frozen=True)}
@@ -66,12 +71,13 @@ class SAQ(SAM):
 
     def _quantized(self, frozen=False):
         """The layers whose quantized weight is perturbed; ``frozen``: also those that do not learn."""
-        return [
-            m
-            for m in self.model.modules()
-            if isinstance(getattr(m, "weight_quantizer", None), quantizers.Quantizer)
-            and (frozen or m.weight.requires_grad)
-        ]
+        found = []
+        for name, m in self.model.named_modules():
+            if isinstance(getattr(m, "weight_quantizer", None), quantizers.Quantizer):
+                check_parameter(m, name, f"SAQ's case {self.case}")
+                if frozen or m.weight.requires_grad:
+                    found.append(m)
+        return found
 
     def _ready(self):
         """Forget what was captured; capture in the pass to come if the step needs it."""

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import nn as qnn
 from ..candidates import left_in_float
 from ..convert import quantizers
-from ..wrapped import check_whole, unwrapped
+from ..wrapped import check_parameter, check_whole, unwrapped
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 
@@ -29,7 +29,8 @@ class Subject:
         model: nn.Module. weights: "latent" or "quantized".
         parameters: "weights" (weights and biases of convolutions, linear layers, embeddings and attention)
             or "all" (every parameter but the quantizers' numbers, so also BatchNorm's).
-    Raises: ValueError naming the argument. Warns of other layers with matrices of weights, which "weights" leaves out.
+    Raises: ValueError naming the argument, or a quantized layer whose weight is computed from other parameters.
+    Warns of other layers with matrices of weights, which "weights" leaves out.
     """
 
     def __init__(self, model, weights="latent", parameters="weights"):
@@ -43,6 +44,7 @@ class Subject:
         quantizer_of = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, qnn._Quantized) and layer.weight_quantizer is not None:
+                check_parameter(layer, name, "a measure")
                 quantizer_of[layer] = _detach_quantizer(layer, weights, name)
         own = {id(p) for quantizer in quantizers(self.model) for p in quantizer.parameters()}
         self.names, self.values, self.uses, places = [], [], [], {}
@@ -224,7 +226,10 @@ def _shadow(model):
         for p in module._parameters.values():
             if p is not None:
                 memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False)
-    return copy.deepcopy(model, memo).eval()
+    shadow = copy.deepcopy(model, memo).eval()
+    for mine, its in zip(quantizers(shadow), quantizers(model), strict=True):
+        mine.off = its.off  # inside qk.disabled the network that is measured is the one without them
+    return shadow
 
 
 def _detach_quantizer(layer, weights, name):

@@ -123,7 +123,7 @@ def _read(name):
     if not file.is_file():
         raise ValueError(f"recipe: {name!r} is neither a .toml file nor one of {', '.join(_names())}")
     try:
-        own = toml.loads(file.read_text())
+        own = toml.loads(file.read_text(encoding="utf-8"))
     except toml.TOMLDecodeError as error:
         raise ValueError(f"recipe: {file} is not valid TOML: {error}") from None
     base = _read(own.pop("base")) if "base" in own else {"summary": ""}

@@ -1,6 +1,7 @@
 """`qkernels train`: one training run in one folder, from a recipe to a result."""
 
 import argparse
+import contextlib
 import math
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..files import write_json
+from ..files import alone, write_json
 from . import build, checkpoint, distributed
 from .bn import bn_reestimate
 from .config import RUN, check_unchanged, float_config, make_config, read_config, starts_from_float
@@ -156,7 +157,7 @@ def train(
 
     Raises:
         Diverged: the loss became infinite or NaN.
-        FileExistsError: `out` holds a run and `resume` is False, or is a file.
+        FileExistsError: `out` holds a run and `resume` is False, or another process trains in it, or it is a file.
         Interrupted: Ctrl-C; the checkpoint is written.
         ValueError, FileNotFoundError: of `config`, before anything is written.
     """
@@ -189,11 +190,16 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--out: {out} cannot be made: {error.strerror}") from None
-        write_json(out / "config.json", config)
-    init = config["init"] if needs_init else None
-    if starts_from_float(config) and needs_init:
-        init = _train_float(config, out, machine, options)
-    return _train_one(config, out, init, model, data, machine, options)
+    with contextlib.ExitStack() as stack:
+        if distributed.rank() == 0:
+            stack.enter_context(alone(out, f"--out: another process trains in {out}"))
+            if (out / "config.json").exists() and not resume:
+                raise FileExistsError(f"--out: another process has just begun a run in {out}")
+            write_json(out / "config.json", config)
+        init = config["init"] if needs_init else None
+        if starts_from_float(config) and needs_init:
+            init = _train_float(config, out, machine, options)
+        return _train_one(config, out, init, model, data, machine, options)
 
 
 def check_machine(threads=None, workers=0, tensorboard=False):
