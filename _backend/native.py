@@ -11,6 +11,7 @@ ops, for the torch and the Python of this build alone, whose versions are in its
     CXX, CUDA_HOME, MAX_JOBS   host compiler, CUDA toolkit, number of parallel compilations
 """
 
+import contextlib
 import fcntl
 import filecmp
 import os
@@ -350,8 +351,15 @@ def run_all(steps, jobs):
 
 
 def run_possible(steps):
-    """Run the steps that must not fail, then each optional library's; returns those that ran."""
+    """Run all steps at once; where that fails, those that must not fail and then each optional library's.
+
+    Returns those that ran.
+    """
     done = [step for step in steps if not step.optional]
+    if done != steps:
+        with contextlib.suppress(BuildError):
+            run_ninja(steps)
+            return steps
     run_ninja(done)
     for name in dict.fromkeys(step.optional for step in steps if step.optional):
         more = done + [step for step in steps if step.optional == name]

@@ -37,8 +37,8 @@ def check_whole(model, name):
 
 
 def computed(layer):
-    """Whether the layer's weight is computed from other parameters."""
-    return "weight" not in layer._parameters and getattr(layer, "weight", None) is not None
+    """Whether the layer's weight is computed from other parameters; asking computes nothing."""
+    return parametrize.is_parametrized(layer, "weight") or vars(layer).get("weight") is not None
 
 
 def refresh(layer):
