@@ -12,6 +12,7 @@ from stepping import base_of, batches, close, closure_of, equal, network, quanti
 from torch import nn
 
 import qkernels as qk
+from qkernels import convert
 
 
 def test_batchnorm_counts_one_pass_per_step():
@@ -350,6 +351,17 @@ def test_bad_use_is_refused_before_anything_is_written():
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     quiet = qk.optim.SAQ(net, base, case=2, every=1)
     assert train(net, quiet, batches(1)) == 2
+
+
+def test_frozen_quantized_weights_are_told_from_none():
+    net = qk.quantize_(network(), act_bits=None)
+    base = base_of("sgd", net.parameters())
+    for _, layer in convert.layers(net):
+        layer.weight.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match="case 3 needs a model with quantized weights that learn: all are frozen"
+    ):
+        qk.optim.SAQ(net, base)
 
 
 @pytest.mark.parametrize("case", [1, 2, 3])

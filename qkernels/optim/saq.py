@@ -55,12 +55,9 @@ class SAQ(SAM):
         )
         self.case = case
         if case != 2 and not self._quantized():
-            word = (
-                "that learn (requires_grad)"
-                if self._quantized(frozen=True)
-                else ": call qk.quantize_(model) first"
-            )
-            raise ValueError(f"case {case} needs a model with quantized weights{word}")
+            frozen = self._quantized(frozen=True)
+            what = " that learn: all are frozen" if frozen else ": call qk.quantize_(model) first"
+            raise ValueError(f"case {case} needs a model with quantized weights{what}")
         if case == 3:
             # Of frozen layers as well, which may learn later.
             self._captures = {layer: _Capture() for layer in self._quantized(frozen=True)}
