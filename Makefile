@@ -70,9 +70,9 @@ gpu-bench:
 
 oldest: ## build and test with the oldest torch that is promised, in an environment of its own (downloads it)
 	$(PYTHON3) -m venv build/oldest
-	build/oldest/bin/pip install torch==2.10.0 numpy scikit-learn matplotlib setuptools ninja pybind11 pytest pytest-xdist pytest-timeout hypothesis
-	git archive HEAD | tar xf - -C build/oldest
-	cd build/oldest && bin/python _backend/native.py && bin/python -m pytest -n $(JOBS) --ignore=tests/triton
+	mkdir -p build/oldest/tree && git archive HEAD | tar xf - -C build/oldest/tree
+	build/oldest/bin/pip install torch==2.10.0 setuptools ninja pybind11
+	cd build/oldest/tree && ../bin/pip install --no-build-isolation -e '.[dev]' && ../bin/python -m pytest -n $(JOBS) --ignore=tests/triton
 
 clean: ## delete what builds and tests leave, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -223,6 +223,11 @@ def link_steps(linker, objects, output, libraries, cxx, flag="-Wl,"):
     return [*stubs, Step(output, [*objects, *(stub.output for stub in stubs)], command, compiles=False)]
 
 
+def optional(steps, library):
+    """All but the empty libraries, which other libraries are linked against too."""
+    return [s if s.output.parent.name == "stubs" else s._replace(optional=library) for s in steps]
+
+
 def cpu_steps(cxx, work):
     sources = sorted((CSRC / "cpu").glob("*.cpp"))
     if not sources:
@@ -245,9 +250,7 @@ def cuda_steps(cxx, nvcc, archs, work, extra):
     steps += link_steps(linker, objects, output, libraries, cxx, flag="-Xlinker=")
     if cuda_wanted() == "1":
         return steps
-    return [
-        step if step.output.parent.name == "stubs" else step._replace(optional="_C_cuda") for step in steps
-    ]
+    return optional(steps, "_C_cuda")
 
 
 def eager_steps(cxx, work, python):
@@ -259,9 +262,7 @@ def eager_steps(cxx, work, python):
     objects = [*(step.output for step in steps), work / "lib/_C_cpu.so"]
     output = work / "lib" / f"_eager.torch-{find_torch()[1]}{EXT_SUFFIX}"
     steps += link_steps(cxx, objects, output, [*TORCH_LIBRARIES, *TORCH_PYTHON_LIBRARIES], cxx)
-    return [
-        step if step.output.parent.name == "stubs" else step._replace(optional="_eager") for step in steps
-    ]
+    return optional(steps, "_eager")
 
 
 def elements_steps(cxx, work, python):

@@ -82,9 +82,8 @@ def test_scales_per_output_channel_or_tensor():
 def test_groups_of_a_row_are_quantized_as_tensors_of_their_own(method):
     settings = {"method": method, "weight_bits": 3, "act_bits": None, "weight_norm": "none", **EVEN}
     layer = nn.Linear(12, 5)
-    with (
-        torch.no_grad()
-    ):  # pact and dorefa normalise by the largest weight of a layer, which each group so has
+    # pact and dorefa normalise by the largest weight of a layer, which each group so has.
+    with torch.no_grad():
         layer.weight[:, ::4] = layer.weight.abs().max()
     groups = layer.weight.detach().reshape(-1, 4)
     layer = qk.quantize_(layer, weight_group_size=4, **settings).eval()

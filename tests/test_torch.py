@@ -205,6 +205,17 @@ def looped(f, args, dims):
     )
 
 
+def batched(rows, dims):
+    """x (4, 6) and scale (rows,), with three samples along those of ``dims`` that are not None."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(4, 6), torch.rand(rows) + 0.2
+    if dims[0] is not None:
+        x = torch.randn(3, 4, 6).movedim(0, dims[0])
+    if dims[1] is not None:
+        scale = (torch.rand(3, rows) + 0.2).movedim(0, dims[1])
+    return x, scale
+
+
 @pytest.mark.parametrize("where", ["tensor", "axis0", "axis1", "group"])
 @pytest.mark.parametrize("dims", [(0, None), (0, 0), (None, 0), (1, None), (2, 0), (1, 1)], ids=str)
 def test_vmap(where, dims):
@@ -216,12 +227,7 @@ def test_vmap(where, dims):
         if where == "group"
         else {}
     )
-    torch.manual_seed(0)
-    x, scale = torch.randn(4, 6), torch.rand(rows) + 0.2
-    if dims[0] is not None:
-        x = torch.randn(3, 4, 6).movedim(0, dims[0])
-    if dims[1] is not None:
-        scale = (torch.rand(3, rows) + 0.2).movedim(0, dims[1])
+    x, scale = batched(rows, dims)
 
     def f(x, scale):
         return qk.fake_quantize(x, scale, bits=3, **keywords)
@@ -295,12 +301,7 @@ INSIDE = {
 def test_transforms_inside_compile(fresh_dynamo, name, dims):
     keywords = INSIDE.get(name) or {"shift": torch.ones(4, 6), "shift_scale": torch.tensor([0.3])}
     rows = {"axis": 6, "group": 12}.get(name, 1)
-    torch.manual_seed(0)
-    x, scale = torch.randn(4, 6), torch.rand(rows) + 0.2
-    if dims[0] is not None:
-        x = torch.randn(3, 4, 6).movedim(0, dims[0])
-    if dims[1] is not None:
-        scale = (torch.rand(3, rows) + 0.2).movedim(0, dims[1])
+    x, scale = batched(rows, dims)
 
     def f(x, scale):
         return qk.fake_quantize(x, scale, bits=3, grad_scale=0.3, **keywords)

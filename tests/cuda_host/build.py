@@ -18,10 +18,8 @@ LAUNCH = re.compile(r"([\w:]+(?:<[^;{}]*?>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.DO
 MAX_BLOCKS = 3
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-ffp-contract=off", "-fsanitize=alignment", "-U_FORTIFY_SOURCE"]
 FLAGS += ["-ftrivial-auto-var-init=pattern", f"-DQK_MAX_BLOCKS={MAX_BLOCKS}"]
-LINK = [
-    "-shared",
-    "-Wl,-Bsymbolic",
-]  # or else cudaGetLastError would be the one that a CUDA build of torch brings
+# -Bsymbolic, or else cudaGetLastError would be the one that a CUDA build of torch brings.
+LINK = ["-shared", "-Wl,-Bsymbolic"]
 
 
 def native():
