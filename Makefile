@@ -71,7 +71,7 @@ gpu-bench:
 oldest: ## build and test with the oldest torch that is promised, in an environment of its own (downloads it)
 	$(PYTHON3) -m venv build/oldest
 	mkdir -p build/oldest/tree && git archive HEAD | tar xf - -C build/oldest/tree
-	build/oldest/bin/pip install torch==2.10.0 setuptools ninja pybind11
+	build/oldest/bin/pip install torch==2.10.0 'setuptools>=77' ninja pybind11
 	cd build/oldest/tree && ../bin/pip install --no-build-isolation -e '.[dev]' && ../bin/python -m pytest -n $(JOBS) --ignore=tests/triton
 
 clean: ## delete what builds and tests leave, keep .venv
