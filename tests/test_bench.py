@@ -29,7 +29,9 @@ def test_kernels_suite_end_to_end(capsys, tmp_path):
     found = json.loads(files[0].read_text())
     assert all({*FIELDS, "machine", "torch", "commit", "date", "allocator"} <= set(r) for r in found)
     assert all(r["torch"] == torch.__version__ and r["device"] == "cpu" for r in found)
-    assert {r["backend"] for r in found} == {"eager", "fn", "torch", "native", "reference", "copy", "plain"}
+    assert {r["backend"] for r in found} == {
+        "eager", "fn", "torch", "native", "reference", "copy", "plain", "passes",
+    }  # fmt: skip
     assert {r["dtype"] for r in found} == {"float32", "bfloat16"} and {r["threads"] for r in found} == {1}
     cases = {(r["op"], r["case"]) for r in found}
     assert ("fake_quantize", "4x16 token fwd+bwd") in cases and ("quantize", "8x4x3x3 axis0") in cases
@@ -41,12 +43,9 @@ def test_kernels_suite_end_to_end(capsys, tmp_path):
     for r in found:
         assert 0 < r["p20_ms"] <= r["median_ms"] <= r["p80_ms"], r
         assert r["gb_per_s"] == pytest.approx(r["bytes"] / r["median_ms"] / 1e6)
-        assert r["parity"] == (
-            "" if r["backend"] in ("copy", "plain") else "equal" if r["backend"] in rows.OURS else r["parity"]
-        )
-        assert (
-            r["backend"] in (*rows.OURS, "copy", "plain") or "differ" in r["parity"] or "off" in r["parity"]
-        )
+        ours = r["backend"] in (*rows.OURS, "passes")
+        assert r["parity"] == ("" if r["backend"] in ("copy", "plain") else "equal" if ours else r["parity"])
+        assert ours or r["backend"] in ("copy", "plain") or "differ" in r["parity"] or "off" in r["parity"]
         assert r["copy_fraction"] > 0
     native = next(r for r in found if r["backend"] == "native" and r["case"] == "2x4x5x5 tensor fwd+bwd")
     assert native["bytes"] == 5 * 200 * 4
@@ -88,9 +87,10 @@ def test_memory_is_counted_exactly():
 def test_a_fake_quantize_keeps_x_alone():
     case = next(testing.timed("weight", "fake_quantize"))
     line = rows.quantizer_row(case, "cpu")
-    (native,) = line.variants(["native"])
-    measure.memory(native, line.make(), "cpu")
-    assert native.saved_bytes == 8 * 4 * 3 * 3 * 4 + 8 * 4
+    native, passes = line.variants(["native"])
+    for variant in (native, passes):
+        measure.memory(variant, line.make(), "cpu")
+    assert native.saved_bytes == 8 * 4 * 3 * 3 * 4 + 8 * 4 and passes.saved_bytes == 0
 
 
 @needs_native
@@ -166,7 +166,7 @@ def test_a_compiled_rival_is_timed_and_its_fastest_form_is_the_row():
             r["backend"]: r
             for r in command.time_row(rows.quantizer_row(case, "cpu"), 1, settings, settings.backends)
         }
-    assert set(found) == {"compile", "native", "copy"}
+    assert set(found) == {"compile", "native", "passes", "copy"}
     assert found["compile"]["form"] in ("formula", "autograd.Function") and found["compile"]["median_ms"] > 0
     slow, fast = (
         measure.Variant("v", None, "slow", samples=[3.0]),
@@ -201,9 +201,9 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(capsys, monkeypatch, tmp_
 
     monkeypatch.setattr(command, "time_row", interrupted)
     code, printed, err = run(capsys, *argv)
-    assert code == 130 and f"stopped; 4 rows are kept; continue with --resume --json {out}" in err
+    assert code == 130 and f"stopped; 6 rows are kept; continue with --resume --json {out}" in err
     kept = results.read(out)["rows"]
-    assert len(kept) == 4 and kept[0]["case"] in printed
+    assert len(kept) == 6 and kept[0]["case"] in printed
     monkeypatch.setattr(command, "time_row", whole)
     monkeypatch.setattr(machine, "commit", lambda: results.read(out)["run"]["commit"])
     text = out.read_text()
@@ -211,7 +211,7 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(capsys, monkeypatch, tmp_
     kept = results.read(out)["rows"]
     assert run(capsys, *argv, "--resume")[0] == 0
     after = results.read(out)["rows"]
-    assert after[:4] == kept and len({results.key(r) for r in after}) == len(after) > 10
+    assert after[:6] == kept and len({results.key(r) for r in after}) == len(after) > 10
     monkeypatch.setattr(machine, "commit", lambda: "another")
     code, _, err = run(capsys, *argv, "--resume")
     assert code == 2 and "is of commit" in err

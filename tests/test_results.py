@@ -75,6 +75,12 @@ def test_bars_take_the_worst_row_and_fail_openly():
     assert "1.40x" in line and "FAIL" in line and "2t" in line
     assert "not measured" in bars.table(slow)
     assert not bars.met(table_of_bars(saved_bytes=2 * 64225280 // 5))
+    alone = {
+        bar.what: value
+        for bar, value, _, _ in bars.judge(table_of_bars() + [row(backend="passes", median_ms=1.1)])
+    }
+    assert alone["the passes alone, outputs reused, over a copy, float32"] == 1.1
+    assert alone["fwd+bwd over a copy of the same bytes, large, float32"] == 1.2
 
 
 def test_show_prints_markdown(capsys, tmp_path):

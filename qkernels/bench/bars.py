@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import results
+from .rows import PASSES
 
 LARGE = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
 class Bar:
-    """``measure(row, rows)`` of every native row that ``of`` picks, at most (or at least) ``limit``."""
+    """``measure(row, rows)`` of every row of ``backend`` that ``of`` picks, at most (or at least) ``limit``."""
 
     issue: str  # "a" the quantizer and training, "b" noise and distillation, "c" sharpness
     what: str
@@ -19,6 +20,7 @@ class Bar:
     measure: Callable
     limit: float
     least: bool = False
+    backend: str = "native"
 
     def holds(self, value):
         return value >= self.limit if self.least else value <= self.limit
@@ -101,6 +103,10 @@ _COPIES = "perturb_copies"
 BARS = (
     Bar("a", "fwd+bwd over a copy of the same bytes, large, float32", _F32, _against("copy", False), 1.25),
     Bar("a", "fwd+bwd over a copy of the same bytes, large, bfloat16", _BF16, _against("copy", False), 1.25),
+    Bar("a", "the passes alone, outputs reused, over a copy, float32", _F32, _against("copy", False), 1.25,
+        backend=PASSES),
+    Bar("a", "the passes alone, outputs reused, over a copy, bfloat16", _BF16, _against("copy", False), 1.25,
+        backend=PASSES),
     Bar("a", "fwd+bwd over torch.compile, float32", _plain("float32", None), _against("compile", False), 1.05),
     Bar("a", "faster than torch.compile, small, float32", _plain("float32", False), _against("compile", True), 2.5,
         True),
@@ -141,8 +147,8 @@ def judge(rows, issue=""):
     for bar in BARS:
         if issue not in ("", bar.issue):
             continue
-        native = [row for row in rows if row["backend"] == "native" and bar.of(row)]
-        values = [(bar.measure(row, rows), row) for row in native if row["median_ms"]]
+        judged = [row for row in rows if row["backend"] == bar.backend and bar.of(row)]
+        values = [(bar.measure(row, rows), row) for row in judged if row["median_ms"]]
         values = [(value, row) for value, row in values if value is not None]
         pick = min if bar.least else max
         worst = pick(values, key=lambda pair: pair[0]) if values else (None, None)
