@@ -9,7 +9,7 @@ PYTHON := $(VENV)/bin/python
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(PYTHON) -m pip install --progress-bar off -c constraints.txt
 STAMP := $(VENV)/.qkernels-stamp
 
-.PHONY: help venv build test lint format bench demo cuda-check gpu gpu-build gpu-test gpu-bench oldest clean
+.PHONY: help venv build test lint format bench demo faults cuda-check gpu gpu-build gpu-test gpu-bench oldest clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '%-12s%s\n' "$$name" "$$text"; done
@@ -45,8 +45,11 @@ format: $(STAMP) ## the same tools, rewriting the files
 bench: build ## the kernel benchmark of this machine
 	$(PYTHON) -m qkernels bench --suite kernels --json build/bench.json
 
-demo: build ## train, measure and report in about a minute
+demo: build ## train float, 4-bit and 2-bit on digits, and write a report: about a minute
 	$(PYTHON) -m qkernels demo
+
+faults: $(STAMP) ## plant faults in the arithmetic, one at a time, and see the tests catch each (an hour)
+	$(PYTHON) scripts/plant_faults.py
 
 cuda-check: build ## compile all CUDA and Triton kernels without a GPU; registers and spills
 	$(PYTHON) scripts/cuda_check.py --jobs $(JOBS)

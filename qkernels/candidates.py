@@ -59,7 +59,7 @@ def _why_float(module):
     )
 
 
-def said(model, exclude):
+def describe_left(model, exclude):
     """left_in_float in one line, by reason, without the excluded."""
     groups, outside = {}, _excluded(model, exclude)
     for name, m, why in left_in_float(model):

@@ -2,9 +2,10 @@
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import sys
+
+from . import __version__
 
 COMMANDS = {
     "doctor": ("qkernels.doctor", "what is built, what runs where, and why not"),
@@ -19,7 +20,7 @@ COMMANDS = {
     "sweep": ("qkernels.sweep", "train a resumable grid of runs"),
     "export": ("qkernels.export", "write a trained run as an ONNX or torch program"),
     "tables": ("qkernels.training.tables", "the tables of the papers, from recipes and runs"),
-    "demo": ("qkernels.training.demo", "train float, 4-bit and 2-bit on digits and compare, in minutes"),
+    "demo": ("qkernels.training.demo", "train float, 4-bit and 2-bit on digits, and write a report"),
 }
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 
@@ -55,35 +56,17 @@ def main(argv=None):
 def parse(argv):
     """The parsed arguments, with `run` the function of the command; only that command's module is imported."""
     parser = Parser(prog="qkernels", description="Fused kernels for quantization-aware training.")
-    parser.add_argument("--version", action="version", version=f"qkernels {_version()}")
+    parser.add_argument("--version", action="version", version=f"qkernels {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, parser_class=Parser)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (module, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         if name == chosen:
-            loaded = _load(name, module)
+            loaded = importlib.import_module(module)
             loaded.add_arguments(command)
             command.set_defaults(run=loaded.main)
     return parser.parse_args(argv)
-
-
-def _load(name, module):
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise
-        raise ImportError(
-            f"the command {name!r} is not part of this installation (no module {error.name})"
-        ) from None
-
-
-def _version():
-    try:
-        return importlib.metadata.version("qkernels")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _fail(message, code):

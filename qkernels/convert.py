@@ -41,7 +41,7 @@ def quantize_(model, config=None, **settings):
     layers = candidates.quantizable(model, config.exclude)
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
-        left = candidates.said(model, config.exclude)
+        left = candidates.describe_left(model, config.exclude)
         raise ValueError(f"model has no layer to quantize ({kinds})" + (f"; it has {left}" if left else ""))
     for key in config.overrides:
         if not any(candidates.within(name, key) for name, _ in layers):
@@ -75,9 +75,12 @@ def quantize_(model, config=None, **settings):
     if noisy:
         model.register_forward_pre_hook(seeds.begin)
         model.register_forward_hook(seeds.end, always_call=True)
-    left = candidates.said(model, config.exclude)
+    left = candidates.describe_left(model, config.exclude)
     if left:
-        warnings.warn(f"left in floating point: {left} (silent for those in exclude)", stacklevel=2)
+        warnings.warn(
+            f"left in floating point: {left} (name them in QConfig(exclude=...) to silence this)",
+            stacklevel=2,
+        )
     return model
 
 
@@ -136,22 +139,27 @@ def disabled(model, *names):
 def calibrate(model, loader, batches=8, forward=run_first):
     """Set every step size: weights' from the weights, activations' from up to ``batches`` batches of ``loader``.
 
-    No gradients; BatchNorm normalises by the batch and keeps its statistics; other modules are in evaluation mode.
+    No gradients. BatchNorm normalises by the batch and keeps its statistics, unless it is frozen (in evaluation mode
+    in a model that trains); all other modules are in evaluation mode.
     Batches are tensors or (input, ...) tuples; for models of other inputs ``forward(model, batch)`` runs one, as in
     ``forward=lambda model, batch: model(**batch)``. Processes of a torch.distributed group agree. Returns the model.
     One warning names the layers that no batch reached; they keep the step sizes they had, if any.
     Raises: ValueError where the model has no quantizer, the loader no batch or a layer's inputs are not finite;
-    TypeError where a batch is neither; RuntimeError where batches reached no layer at all.
+    TypeError for a batch that is neither a tensor nor begins with one; RuntimeError where batches reached no layer.
     """
-    if not isinstance(batches, int) or batches < 1:
-        raise ValueError(f"batches must be an int of at least 1, got {batches!r}")
+    if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
+        raise ValueError(f"batches must be an int >= 1, got {batches!r}")
     found = quantizers(model)
     if not found:
         raise ValueError("model has no quantizer: call qk.quantize_ first")
     check_whole(model, "calibrate")
     modes = [(m, m.training) for m in model.modules()]
     norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        and m.track_running_stats
+        and (m.training or not model.training)
     ]
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     observed = [m for m in found if m.role == "activation"]

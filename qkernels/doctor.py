@@ -3,7 +3,6 @@
 import importlib.metadata
 import platform
 import shutil
-import sys
 from pathlib import Path
 
 
@@ -44,7 +43,8 @@ def report():
     devices = ("cpu", "cuda")
     lines += ["", f"{'op':<32}" + "".join(f"{d:<12}" for d in devices)]
     for name in sorted(backend.SCHEMAS):
-        lines.append(f"{name:<32}" + "".join(f"{backend.serves(name, d):<12}" for d in devices))
+        served = [backend.serves(name, d) if d == "cpu" or torch.version.cuda else "-" for d in devices]
+        lines.append(f"{name:<32}" + "".join(f"{who:<12}" for who in served))
     forced = backend.forced()
     lines += ["", f"backend: {forced} for every op" if forced else "backend: chosen by the dispatcher"]
     if "cuda" in backend.why_not and not backend.has_triton():
@@ -71,7 +71,3 @@ def _cuda(torch):
     if not torch.cuda.is_available():
         return f"torch for CUDA {torch.version.cuda}, no GPU to use"
     return f"{torch.cuda.get_device_name()} (torch for CUDA {torch.version.cuda})"
-
-
-if __name__ == "__main__":
-    sys.exit(main(None))

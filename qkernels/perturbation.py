@@ -12,23 +12,25 @@ from .nn import IntegerWeight
 from .reference.perturb import ADAPTIVE, ALONG, ASCEND, ASCEND_SIGN, DRAWN, MAGNITUDE, NORMAL, UNIFORM
 from .wrapped import check_whole
 
-_SIZES = {"gradient": "rho", "adaptive": "rho", "normal": "std", "magnitude": "std", "uniform": "alpha",
-          "sign": "alpha", "ascent": "alpha", "direction": "at"}  # fmt: skip
-_WITH_GRADIENT = ("gradient", "adaptive", "sign", "ascent")
+_ASCENT = ("alpha", "grads", "points", "step", "ball", "eta")
+# What each kind takes: its size, then what it may be given beside it.
+_TAKES = {
+    "gradient": ("rho", "grads"), "adaptive": ("rho", "grads", "eta"), "normal": ("std",), "magnitude": ("std", "eps"),
+    "uniform": ("alpha",), "sign": _ASCENT, "ascent": _ASCENT, "direction": ("at", "directions"),
+}  # fmt: skip
 _BALLS = ("constant", "magnitude")
 _BLOCKS = itertools.count()
 
 
 def perturb(params, kind="normal", *, std=None, rho=None, alpha=None, at=None, num=1, seed=0, grads=None,
-            directions=None, points=None, step=None, ball="constant", eps=1e-3, eta=None, first=0,
-            out=None):  # fmt: skip
+            directions=None, points=None, step=None, ball=None, eps=None, eta=None, first=0, out=None):  # fmt: skip
     """Perturbed copies of all parameters in one call; the parameters themselves are not touched.
 
     kind         copy of w                                                               size
     "gradient"   w + rho g / ||g||, ||g|| over the whole list (SAM)                      rho
     "adaptive"   w + rho T^2 g / ||T g||, T = |w| + eta, eta 0.01 (ASAM)                 rho
     "normal"     w + std n, n ~ N(0, 1)                                                  std
-    "magnitude"  w + n sqrt(std^2 w^2 + eps^2) (PAC-Bayes, magnitude-aware)              std
+    "magnitude"  w + n sqrt(std^2 w^2 + eps^2), eps 0.001 (PAC-Bayes, magnitude-aware)   std
     "uniform"    w + alpha u, u uniform on [-1, 1)                                       alpha
     "sign"       w + clip(p - w + step sign(g), -r, r), step alpha (worst case)          alpha
     "ascent"     w + clip(p - w + step g, -r, r)                                         alpha
@@ -40,23 +42,23 @@ def perturb(params, kind="normal", *, std=None, rho=None, alpha=None, at=None, n
         num: copies. seed: int, or int64 tensor (1,). first: number of the first copy; copy k of a seed is the same
             noise whatever ``num``, ``first``, device and number of threads (stream k * 2**32 + position in the list).
         grads: gradients; default each parameter's ``.grad``. points: where the ascent stands (p), default w.
-        ball: r = alpha ("constant") or alpha (|w| + eta), eta 1 ("magnitude").
+        ball: r = alpha ("constant", the default) or alpha (|w| + eta), eta 1 ("magnitude").
         directions: a list like params, or a pair of such lists.
         out: a former result of the same shape, to be overwritten.
 
     Returns: copies, copies[k][i] the k-th copy of params[i], in its dtype and memory order.
-    Raises: ValueError naming the argument: unknown kind, num < 1, empty list, negative size, missing gradients, ...
+    Raises: ValueError naming the argument: unknown kind, one the kind does not take, num < 1, empty list, negative
+        size, missing gradients, ...
     """
     ops.check_list("params", params)
-    if not isinstance(num, int) or isinstance(num, bool) or num < 1:
-        raise ValueError(f"num must be an int >= 1, got {num!r}")
-    if kind not in _SIZES:
-        raise ValueError(f"kind must be one of {', '.join(map(repr, _SIZES))}, got {kind!r}")
-    for name, value in (("step", step), ("eps", eps), ("eta", eta)):
-        if value is not None and not _is_finite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-    sizes = _sizes(kind, {"std": std, "rho": rho, "alpha": alpha, "at": at}, num)
-    if kind in _WITH_GRADIENT:
+    for name, value, least in (("num", num, 1), ("first", first, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    given = {"std": std, "rho": rho, "alpha": alpha, "at": at, "grads": grads, "directions": directions,
+             "points": points, "step": step, "ball": ball, "eps": eps, "eta": eta}  # fmt: skip
+    _check_given(kind, {name: value for name, value in given.items() if value is not None})
+    sizes = _sizes(_TAKES[kind][0], given[_TAKES[kind][0]], num)
+    if "grads" in _TAKES[kind]:
         directions = _gradients(params, grads)
     elif kind == "direction":
         directions, points = _directions(directions, params, sizes)
@@ -66,7 +68,7 @@ def perturb(params, kind="normal", *, std=None, rho=None, alpha=None, at=None, n
     move, table = _moves(kind, params, directions, sizes, step, ball, eps, eta)
     flat = _outputs(out, params, num)
     noise = _seed(seed, params[0]) if move in DRAWN else None
-    ops.multi_perturb(flat, params, move, table, directions, points, noise, int(first))
+    ops.multi_perturb(flat, params, move, table, directions, points, noise, first)
     return [flat[k * len(params) : (k + 1) * len(params)] for k in range(num)]
 
 
@@ -95,7 +97,7 @@ def perturbed(model, kind="normal", *, params=None, **settings):
         )
     if params is None:
         params = weights(model)
-        if kind in _WITH_GRADIENT and settings.get("grads") is None:
+        if "grads" in _TAKES.get(kind, ()) and settings.get("grads") is None:
             params = [w for w in params if w.grad is not None]
             if not params:
                 raise ValueError(
@@ -110,8 +112,9 @@ def perturbed(model, kind="normal", *, params=None, **settings):
 def swapped(params, tensors):
     """Inside the block ``params[i].data`` is ``tensors[i]``. Nothing is copied, so the way back is exact.
 
-    The versions tell autograd, whose graphs hold parameters themselves: one made inside is of no use behind the block,
-    one made before it is. Inside they are numbers that no other block has and no steps reach; uint32 holds them.
+    Autograd tells a stale graph by the version counters of its parameters. Inside the block these get numbers that no
+    other block uses and no steps reach, so that the backward of a graph made inside fails behind the block; on the way
+    out the old ones return, so that graphs made before stay good. The counters are uint32.
     """
     originals, params = [w.data for w in params], tuple(params)
     inside = (1 << 31) + (next(_BLOCKS) % (1 << 20) << 10)
@@ -149,15 +152,27 @@ def filter_normalized(directions, params):
     return normalized
 
 
-def _sizes(kind, given, num):
+def _check_given(kind, given):
+    """ValueError for a kind that is none, that lacks its size, or that takes other arguments than those given."""
+    if kind not in _TAKES:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, _TAKES))}, got {kind!r}")
+    size, takes = _TAKES[kind][0], ", ".join(_TAKES[kind])
+    for name in given:
+        if name not in _TAKES[kind]:
+            raise ValueError(f"kind {kind!r} takes {takes}, not {name}")
+    if size not in given:
+        raise ValueError(f"kind {kind!r} needs {size}, a number or one per copy")
+    for name in ("step", "eps", "eta"):
+        if name in given and not _is_finite(given[name]):
+            raise ValueError(f"{name} must be a finite number, got {given[name]!r}")
+    if given.get("ball", "constant") not in _BALLS:
+        raise ValueError(f"ball must be 'constant' or 'magnitude', got {given['ball']!r}")
+    if kind == "ascent" and "step" not in given:
+        raise ValueError("kind 'ascent' needs step, the factor of the gradient")
+
+
+def _sizes(name, value, num):
     """The sizes of the copies: num numbers (pairs of them for two directions)."""
-    name = _SIZES[kind]
-    value = given[name]
-    if value is None:
-        raise ValueError(f"kind {kind!r} needs {name}, a number or one per copy")
-    for other in given:
-        if given[other] is not None and other != name:
-            raise ValueError(f"kind {kind!r} takes {name}, not {other}={given[other]!r}")
     pair = (
         name == "at"
         and isinstance(value, (list, tuple))
@@ -212,12 +227,8 @@ def _moves(kind, params, directions, sizes, step, ball, eps, eta):
             return ALONG, table
         return ADAPTIVE, torch.cat([table, torch.full_like(table, eta)], 1)
     if kind in ("sign", "ascent"):
-        if ball not in _BALLS:
-            raise ValueError(f"ball must be 'constant' or 'magnitude', got {ball!r}")
-        if kind == "ascent" and step is None:
-            raise ValueError("kind 'ascent' needs step, the factor of the gradient")
         eta = 1.0 if eta is None else eta
-        radius = [(0.0, size) if ball == "constant" else (size, size * eta) for size in sizes]
+        radius = [(0.0, size) if ball != "magnitude" else (size, size * eta) for size in sizes]
         rows = [[size if step is None else step, *r] for size, r in zip(sizes, radius)]
         return (ASCEND_SIGN if kind == "sign" else ASCEND), _table(rows, params[0])
     if kind == "direction":
@@ -225,6 +236,7 @@ def _moves(kind, params, directions, sizes, step, ball, eps, eta):
             [size if isinstance(size, (list, tuple)) else [size] for size in sizes], params[0]
         )
     move = {"normal": NORMAL, "magnitude": MAGNITUDE, "uniform": UNIFORM}[kind]
+    eps = 1e-3 if eps is None else eps
     return move, _table([[size, eps] if move == MAGNITUDE else [size] for size in sizes], params[0])
 
 

@@ -68,7 +68,7 @@ class QConfig:
             )
         size = self.weight_group_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-            raise ValueError(f"weight_group_size must be an int of at least 1 or None, got {size!r}")
+            raise ValueError(f"weight_group_size must be an int >= 1 or None, got {size!r}")
         if self.weight_bits is None and self.act_bits is None:
             raise ValueError("weight_bits and act_bits are both None: nothing would be quantized")
         if self.act_signed not in (True, False, None):

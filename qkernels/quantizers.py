@@ -27,7 +27,8 @@ class Quantizer(nn.Module):
             "features" (elements that share a scale, without the batch) or "numel" (all elements).
 
     ``shift`` and ``shift_scale``: the next outputs are y + shift_scale * shift (SAQ's perturbation of Q(w)).
-    ``listeners`` are called with every output. Attributes and not hooks, for compiled graphs look at these again.
+    ``listeners`` are called with every output. Attributes, not hooks: torch.compile guards on attributes, and compiles
+    again when they change.
     """
 
     learned: tuple[str, ...] = ()  # names of the parameters
@@ -159,17 +160,20 @@ class Quantizer(nn.Module):
             return
         if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
             raise RuntimeError(
-                f"{self._said()} has no step size yet, and what the first batch would set is lost in a sharded model: "
-                "call qk.calibrate(model, loader) before fully_shard"
+                f"{self._description()} has no step size yet, and what the first batch would set is lost in a sharded "
+                "model: call qk.calibrate(model, loader) before fully_shard"
             )
         if self.role == "activation" and not self.training:
             raise RuntimeError(
-                f"{self._said()} has no step size yet: call qk.calibrate(model, loader), train, or load a checkpoint"
+                f"{self._description()} has no step size yet: call qk.calibrate(model, loader), train, or load "
+                "a checkpoint"
             )
         self.start_on(x)
 
-    def _said(self):
-        return f"{type(self).__name__} of the {self.role}s" + (f" of {self.layer}" if self.layer else "")
+    def _description(self):
+        return f"the {self.role} quantizer ({type(self).__name__})" + (
+            f" of layer {self.layer!r}" if self.layer else ""
+        )
 
     def _noise(self, x):
         if self.noise is None or not self.training:
@@ -196,8 +200,8 @@ class Quantizer(nn.Module):
             signed = None
         if signed is not None and not self.data_decides and signed != self.signed:
             warnings.warn(
-                f"step sizes of {'a signed' if signed else 'an unsigned'} grid were loaded for {self._said()}, whose "
-                f"method or setting has {'a signed' if self.signed else 'an unsigned'} one: they start anew",
+                f"step sizes of {'a signed' if signed else 'an unsigned'} grid were loaded for {self._description()}, "
+                f"whose method or setting has {'a signed' if self.signed else 'an unsigned'} one: they start anew",
                 stacklevel=2,
             )
             self.state.zero_()

@@ -8,10 +8,11 @@ import torch
 class SeedSource:
     """The seed of this step, one draw for a whole model; layers differ by their stream.
 
-    ``begin`` and ``end`` are the model's forward hooks; layers that are called outside of its forward draw for
-    themselves. The seed is a new int64 tensor each time, drawn from torch's generator, so that torch.manual_seed and
-    checkpoints of the generator reproduce a run. Activation checkpointing brings the generator back to where it was,
-    and by that the seed is found again; without (``preserve_rng_state=False``, a compiled part) it is the latest one.
+    ``begin`` and ``end`` are forward hooks of the model: between them all layers share one seed, and a layer that is
+    called on its own draws one. The seed is a new int64 tensor each time, drawn from torch's generator, so that
+    torch.manual_seed and checkpoints of the generator reproduce a run. Activation checkpointing restores the generator
+    before it computes again, and the seed is looked up by that state; where it does not (``preserve_rng_state=False``,
+    compiled parts) the last seed is used.
     """
 
     def __init__(self, seed=None):
@@ -40,7 +41,9 @@ class SeedSource:
                 return torch.ops.qkernels.draw_seed(x) if seed is None else seed
             if self.forgotten and place is not None:
                 warnings.warn(
-                    "noise is computed again long after its forward: its seed may be forgotten", stacklevel=2
+                    "noise is computed again long after its forward, whose seed may be forgotten: "
+                    f"those of the last {_PLACES} forwards of checkpointed parts are kept",
+                    stacklevel=2,
                 )
         own = not self.held and not (again and self.seed is not None)
         drawn = own or self.seed is None or self.seed.device != x.device

@@ -57,6 +57,8 @@ FAULTS = (
     Fault("sine and cosine exchanged", "math/noise.h", "return {r * turn.second, r * turn.first};",
           "return {r * turn.first, r * turn.second};"),
     Fault("tempering without its root", "math/noise.h", "* sqrtf(near);", "* near;"),
+    Fault("adaptive step with |w| once", "math/perturb.h", "return k.a * (t * t);", "return k.a * t;"),
+    Fault("slope of the distance halved", "math/moments.h", "q = -2.0 * factor * r_s * r_t", "q = -factor * r_s * r_t"),
     Fault("no sign extension", "math/pack.h", "is_signed && (field >> (bits - 1)) ? field | ~mask : field", "field"),
     Fault("AVX-512: strict edge", "cpu/avx512.h", "at, quotient.last, _CMP_NGT_UQ", "at, quotient.last, _CMP_NGE_UQ"),
     Fault("AVX-512: offset added first", "cpu/avx512.h",

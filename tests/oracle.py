@@ -51,7 +51,7 @@ def array(t):
 
 
 class Quantizer:
-    """SPEC section 1 for one case's arguments, element by element in logical order."""
+    """The definition (`qkernels.reference`) for one case's arguments, element by element in logical order."""
 
     def __init__(self, case, x, scale, offset, zero_point, axis, quant_min, quant_max):
         self.row = testing.row_index(case.shape, scale.numel(), axis).numpy()

@@ -156,6 +156,24 @@ def test_one_batch_equals_the_first_training_batch(method):
     assert steps(a) == steps(b)
 
 
+def test_frozen_norm_layers_normalise_by_their_statistics():
+    """In evaluation mode in a model that trains: what trains next sees activations of the running statistics."""
+    found = {}
+    for frozen in (False, True):
+        model = quantized().train()
+        with torch.no_grad():
+            model[1].running_mean.add_(3.0)
+        model[1].train(not frozen)
+        qk.calibrate(model, inputs())
+        assert model[1].training is not frozen
+        found[frozen] = steps(model[4])
+    model = quantized().eval()
+    with torch.no_grad():
+        model[1].running_mean.add_(3.0)
+    qk.calibrate(model, inputs())
+    assert steps(model[4]) == found[False] != found[True]
+
+
 def test_an_exception_restores_modes_and_ends_observation():
     model = quantized().train()
     model[1].eval()
@@ -183,12 +201,13 @@ def test_errors():
         assert not changed(before, model)
     with pytest.raises(RuntimeError, match="loader: its batches reached no quantized layer: 0, 4, 7"):
         qk.calibrate(quantized(), [torch.randn(0, 2, 6, 6)])
-    with pytest.raises(ValueError, match="batches must be an int of at least 1, got 0"):
+    with pytest.raises(ValueError, match="batches must be an int >= 1, got 0"):
         qk.calibrate(quantized(), inputs(), batches=0)
     with pytest.raises(TypeError, match="loader must give tensors or .*got dict"):
         qk.calibrate(quantized(), [{"x": inputs()[0]}])
     with pytest.raises(
-        RuntimeError, match="LSQ of the activations of 0 has no step size yet: call qk.calibrate"
+        RuntimeError,
+        match=r"activation quantizer \(LSQ\) of layer '0' has no step size yet: call qk.calibrate",
     ):
         quantized().eval()(inputs(1)[0])
 

@@ -94,8 +94,8 @@ def test_calibration_takes_the_first_images(monkeypatch, images, processes, seen
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"threads": 0}, "--threads: 0 is not a number of at least 1"),
-        ({"workers": -1}, "--workers: -1 is not a number of at least 0"),
+        ({"threads": 0}, "threads must be an int >= 1, got 0"),
+        ({"workers": -1}, "workers must be an int >= 0, got -1"),
         ({"tensorboard": True}, "--tensorboard needs tensorboard: pip install"),
     ],
 )

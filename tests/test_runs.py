@@ -53,7 +53,7 @@ def test_a_run_is_not_overwritten_and_a_complete_one_not_repeated(tmp_path, caps
     config = make_config(**{**TINY, "epochs": 1}, recipe="float")
     result = train(config, out, quiet=True)
     with pytest.raises(
-        FileExistsError, match="--out: .*run already holds a run; add --resume to continue it"
+        FileExistsError, match=r"out: .*run already holds a run; add --resume \(resume=True\) to continue it"
     ):
         train(config, out, quiet=True)
     before = (out / "log.jsonl").stat().st_mtime_ns

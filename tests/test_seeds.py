@@ -165,5 +165,5 @@ def test_seeds_of_forwards_long_ago(monkeypatch):
     x = torch.randn(6, 8, requires_grad=True)
     losses = [model(x).square().mean() for _ in range(4)]
     losses[-1].backward()
-    with pytest.warns(UserWarning, match="its seed may be forgotten"):
+    with pytest.warns(UserWarning, match="whose seed may be forgotten"):
         losses[0].backward()

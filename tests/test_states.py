@@ -87,7 +87,7 @@ def test_a_checkpoint_of_other_bits_starts_anew(method):
     ):
         model.load_state_dict(saved)
     with pytest.raises(
-        RuntimeError, match="(LSQ|Asymmetric) of the activations of body.0 has no step size yet"
+        RuntimeError, match="activation quantizer .(LSQ|Asymmetric). of layer 'body.0' has no step size yet"
     ):
         model.eval()(batch())
     model.train()(batch())
@@ -107,7 +107,8 @@ def test_a_checkpoint_of_another_grid_starts_anew(source, target):
     saved = calibrated(method=source).state_dict()
     model, wanted = qk.quantize_(Net(), method=target), qk.quantize_(Net(), method=target)
     with pytest.warns(
-        UserWarning, match="grid were loaded for .* of the weights of stem, whose .*: they start anew"
+        UserWarning,
+        match="grid were loaded for the weight quantizer .* of layer 'stem', whose .*: they start anew",
     ):
         model.load_state_dict(saved, strict=False)
     wanted.load_state_dict({k: v for k, v in saved.items() if "quantizer" not in k}, strict=False)

@@ -139,7 +139,7 @@ def test_bad_settings_fail_before_anything_is_written(tmp_path, grid, capsys):
         (["--set", "schedule=linear"], "schedule: 'linear' is not one of"),
         (["--workers", "0"], "workers: 0 is not a positive number"),
         (["--set", "lrr=1"], "settings.lrr: no setting of that name"),
-        (["--threads", "0"], "--threads: 0 is not a number of at least 1"),
+        (["--threads", "0"], "threads must be an int >= 1, got 0"),
         (["--device", "cuda:99"], "--device: 'cuda:99' is not there"),
         (["--data", "cifar10:/nowhere"], "/nowhere is not a folder"),
         (

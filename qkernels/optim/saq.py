@@ -37,7 +37,7 @@ class SAQ(SAM):
     Source: SAQ, eqs. 9, 12, 14, 15 and Algorithm 1; where the first tau - 1 steps have no g_v yet, g_s = g.
     """
 
-    def __init__(self, model, base, rho=0.3, case=3, every=4, beta=0.7, vanilla_loss=True, perturb_scales=False,
+    def __init__(self, model, base, rho=0.3, *, case=3, every=4, beta=0.7, vanilla_loss=True, perturb_scales=False,
                  sync_perturbation=False, max_norm=None):  # fmt: skip
         if case not in (1, 2, 3):
             raise ValueError(f"case must be 1, 2 or 3, got {case!r}")

@@ -66,7 +66,7 @@ def fake_quantize(x, scale, offset, zero_point, axis, quant_min, quant_max, kind
                   shift_scale):  # fmt: skip
     """y = q * scale + offset,  q = clip(rint(v), lo, hi),  v = (x - offset) / scale;  lo, hi = bounds - zero_point.
 
-    Noise (SPEC of the kinds: noise.py) is added where its kind says. ``shift``: y + shift_scale * shift.
+    Noise (its kinds: noise.py) is added where its kind says. ``shift``: y + shift_scale * shift.
     """
     y = values(
         x, scale, offset, zero_point, axis, quant_min, quant_max, kind, a, b, seed, stream, shift, shift_scale

@@ -147,7 +147,7 @@ def cosine_of_gradients(model, loader, criterion=F.cross_entropy, rho=0.3, case=
     if case is None:
         optimizer = SAM(model, base, rho)
     else:
-        optimizer = SAQ(model, base, rho, case, every=1, vanilla_loss=False)
+        optimizer = SAQ(model, base, rho, case=case, every=1, vanilla_loss=False)
     data = Data(loader, next(model.parameters()).device, batches)
     cosines, ratios = [], []
     with _own_randomness(seed, data.device):

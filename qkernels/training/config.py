@@ -26,7 +26,7 @@ def make_config(**arguments):
             raise ValueError(f"{key}: {config[key]!r} is not an integer from {least} to {below - 1}")
     settings = load_recipe(config["recipe"], config["data"], arguments)
     versions = {
-        "qkernels": getattr(qk, "__version__", None),
+        "qkernels": qk.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -1,6 +1,8 @@
-"""`qkernels demo`: float, 4-bit and 2-bit training on handwritten digits, side by side, in a few minutes on a CPU."""
+"""`qkernels demo`: float, 4-bit and 2-bit training on handwritten digits, side by side."""
 
 from pathlib import Path
+
+from qkernels.report import write_report
 
 from .config import make_config
 from .log import say
@@ -50,7 +52,8 @@ def main(args):
             say(f"qkernels: stopped; continue with: qkernels demo --out {out} --resume")
             return 128 + stop.signal
     print(table(results))
-    _write_report(out)
+    write_report([out / name for name in RUNS], out / "report.html")
+    print(f"report: {out / 'report.html'}")
     return 0
 
 
@@ -66,15 +69,3 @@ def table(results):
             f"{100 * (r['test_acc'] - reference):+8.2f} {r['step_ms']:6.1f} ms"
         )
     return "\n".join(lines)
-
-
-def _write_report(out):
-    """The HTML page over the runs; without the plotting extra the runs and the table stand on their own."""
-    try:
-        from qkernels.report import write_report
-
-        write_report([out / name for name in RUNS], out / "report.html")
-    except ImportError as error:
-        say(f"no report: {error}")
-        return
-    print(f"report: {out / 'report.html'}")

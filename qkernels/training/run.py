@@ -164,10 +164,10 @@ def train(
     out = Path(out)
     if (out / "config.json").exists() and not resume:
         raise FileExistsError(
-            f"--out: {out} already holds a run; add --resume to continue it, or choose another folder"
+            f"out: {out} already holds a run; add --resume (resume=True) to continue it, or choose another folder"
         )
     if out.exists() and not out.is_dir():
-        raise FileExistsError(f"--out: {out} is not a folder")
+        raise FileExistsError(f"out: {out} is not a folder")
     check_machine(threads, workers, tensorboard)
     if resume and (out / "result.json").exists():
         result = read_json(out / "result.json")
@@ -189,12 +189,12 @@ def train(
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--out: {out} cannot be made: {error.strerror}") from None
+            raise ValueError(f"out: {out} cannot be made: {error.strerror}") from None
     with contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
-            stack.enter_context(alone(out, f"--out: another process trains in {out}"))
+            stack.enter_context(alone(out, f"out: another process trains in {out}"))
             if (out / "config.json").exists() and not resume:
-                raise FileExistsError(f"--out: another process has just begun a run in {out}")
+                raise FileExistsError(f"out: another process has just begun a run in {out}")
             write_json(out / "config.json", config)
         init = config["init"] if needs_init else None
         if starts_from_float(config) and needs_init:
@@ -206,7 +206,7 @@ def check_machine(threads=None, workers=0, tensorboard=False):
     """Raises ValueError or ImportError for arguments of `train` that this machine cannot serve."""
     for name, value, least in (("threads", threads, 1), ("workers", workers, 0)):
         if value is not None and value < least:
-            raise ValueError(f"--{name}: {value} is not a number of at least {least}")
+            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
     if tensorboard:
         summary_writer()
 
@@ -234,7 +234,7 @@ def _train_float(config, out, machine, options):
     """Trains (or continues, or finds done) the float start of a quantized run in `out/float`; returns that folder."""
     folder = out / "float"
     if not (folder / "result.json").exists():
-        say("no --init: training the float model first, in " + str(folder), options["quiet"])
+        say("no init: training the float model first, in " + str(folder), options["quiet"])
         start = float_config(config)
         data = _data(start, **machine)
         _seed(start["seed"])
