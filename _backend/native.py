@@ -133,20 +133,41 @@ def find_nvcc():
     found = next((path for path in tries if path and os.access(path, os.X_OK)), None)
     if want == "1" and not found:
         raise BuildError("QKERNELS_CUDA=1 but no nvcc on CUDA_HOME, PATH or /usr/local/cuda: set CUDA_HOME")
-    if found and (version := nvcc_version(found)) < MINIMUM_NVCC:
+    version = nvcc_version(found) if found else None
+    if version and version < MINIMUM_NVCC:
         old, needed = (".".join(map(str, numbers)) for numbers in (version, MINIMUM_NVCC))
         if want == "1":
             raise BuildError(f"QKERNELS_CUDA=1 but {found} is version {old}: {needed} or later is needed")
         say(f"{found} is version {old}, {needed} or later is needed: the CUDA library is left out")
         return None
+    if version and torch_cuda() not in (None, version[0]):
+        # The library carries nvcc's runtime, which a driver for torch's may be too old for.
+        differ = f"{found} is version {version[0]}, torch is built for CUDA {torch_cuda()}"
+        if want != "1":
+            say(
+                f"{differ}: the CUDA library is left out (set CUDA_HOME, or QKERNELS_CUDA=1 to build it all the same)"
+            )
+            return None
+        say(f"{differ}: the library needs a driver for the newer one")
     return found
 
 
+def torch_cuda():
+    """The major version of CUDA that the installed torch is built for, or None."""
+    found = find_torch()
+    told = (
+        re.search(r"^cuda\b.*= '(\d+)\.", (found[0].parent / "version.py").read_text(), re.M)
+        if found
+        else None
+    )
+    return int(told[1]) if told else None
+
+
 def nvcc_version(nvcc):
-    """(major, minor); a wrapper that does not tell counts as new enough."""
+    """(major, minor), or None: a wrapper that does not tell counts as new enough."""
     told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", told)
-    return tuple(map(int, release.groups())) if release else MINIMUM_NVCC
+    return tuple(map(int, release.groups())) if release else None
 
 
 def cuda_include(nvcc):

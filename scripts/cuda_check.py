@@ -89,6 +89,8 @@ def triton_usage(name, fn, signature, constexprs, aligned, num_warps):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from qkernels.triton.walk import EXACT
+
     arguments = list(fn.arg_names)
     source = ASTSource(
         fn=fn,
@@ -98,8 +100,11 @@ def triton_usage(name, fn, signature, constexprs, aligned, num_warps):
     )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for arch in ARCHS:
-        options = {"num_warps": num_warps, "enable_fp_fusion": False}
+        options = {"num_warps": num_warps, **EXACT}
         kernel = triton.compile(source, target=GPUTarget("cuda", int(arch), 32), options=options)
+        inexact = re.search(r"^.*(\.ftz|\.approx|\bfma\.).*\.f(32|64).*$", kernel.asm["ptx"], re.MULTILINE)
+        if inexact:
+            raise ValueError(f"sm_{arch} rounds otherwise: {inexact[0].strip()}")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()

@@ -217,6 +217,25 @@ def test_an_old_nvcc_leaves_out_the_cuda_library_alone(native, project, monkeypa
         assert native.find_nvcc() == nvcc
 
 
+def test_an_nvcc_of_another_cuda_than_torchs_is_left_out_unless_it_is_asked_for(
+    native, monkeypatch, capsys, tmp_path
+):
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "version.py").write_text("cuda: Optional[str] = '12.8'\n")
+    monkeypatch.setattr(native, "find_torch", lambda: (torch / "include", "2.13.0"))
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    for release, asked, found in (("13.0", "auto", False), ("13.0", "1", True), ("12.9", "auto", True)):
+        nvcc = script(tmp_path / "bin/nvcc", f"echo Cuda compilation tools, release {release}, V0\n")
+        monkeypatch.setenv("QKERNELS_CUDA", asked)
+        assert native.find_nvcc() == (nvcc if found else None)
+        told = capsys.readouterr().out
+        assert ("is version 13, torch is built for CUDA 12" in told) == (release == "13.0")
+    (torch / "version.py").write_text("cuda: Optional[str] = None\n")
+    assert native.torch_cuda() is None
+
+
 @pytest.mark.parametrize(("version", "clones"), [(11, False), (12, True)])
 def test_only_a_g_plus_plus_that_names_the_levels_of_x86_64_compiles_for_them(native, version, clones):
     cxx = native.find_cxx()

@@ -78,9 +78,15 @@ __device__ __forceinline__ void store_chunk(S* p, const Chunk<S, width>& chunk, 
     W* to = reinterpret_cast<W*>(p);
 #pragma unroll
     for (int k = 0; k < int(sizeof(chunk) / sizeof(W)); ++k) {
-      W word;
-      memcpy(&word, &chunk.w[k * sizeof(W) / 4], sizeof(W));
-      to[k] = word;
+      const uint32_t* w = &chunk.w[k * sizeof(W) / 4];
+      // An assignment may become stores of four bytes each, where the words come from elsewhere; these stay one.
+      if constexpr (sizeof(W) == 16) {
+        __stwb(to + k, make_uint4(w[0], w[1], w[2], w[3]));
+      } else if constexpr (sizeof(W) == 8) {
+        __stwb(to + k, make_uint2(w[0], w[1]));
+      } else {
+        memcpy(to + k, w, sizeof(W));
+      }
     }
     return;
   }

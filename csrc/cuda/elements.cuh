@@ -5,6 +5,7 @@
 //   kBatch                    chunks of a run that a thread has in flight; of columns, at most 2
 //   kBlocks, kColumnBlocks    blocks that a multiprocessor shall hold, which bounds the registers
 //   kSums                     0, or the number of sums per row
+//   kMultiplies               whether runs may multiply in place of the division (math/reciprocal.h)
 //   rows                      RowNumbers
 //   load<width>(first, lo, hi) -> Input<width>: the chunk at element `first`, of which [lo, hi) exist
 //   apply<width, step>(input, first, lo, hi, rows, sums): computes and stores it; element e has rows[e * step] and
@@ -17,7 +18,7 @@
 #include "cuda/chunk.h"
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
-#include "math/quantize.h"
+#include "math/reciprocal.h"
 
 namespace qk {
 
@@ -27,10 +28,25 @@ constexpr int kRunBlocks = sizeof(S) == 4   ? 4
                            : sizeof(S) == 2 ? 3
                                             : 2;
 
+// The division has a slow path per element, which zeros take; a reciprocal costs a thread 60 instructions, some in
+// double, of which GPUs that are not made for computing have few units.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || \
+    __CUDA_ARCH__ == 1000
+constexpr bool kFastDoubles = true;
+#else
+constexpr bool kFastDoubles = false;
+#endif
+// Elements of a thread for which it is worth computing.
+constexpr int kWorthReciprocal = 8;
+
+template <int64_t kind, class S>
+constexpr bool kMultipliesFor = kFastDoubles && kind == kPlain && std::is_same_v<Compute<S>, float>;
+
 template <class C>
 struct Row {
   Grid<C> grid;
   int32_t zero_point;
+  Reciprocal by = {0.0f, 0.0f, 0.0f, false};
 };
 
 template <class C>
@@ -90,7 +106,12 @@ __device__ __forceinline__ void walk_runs(const Walk& walk, const Op& op) {
         if (i < span.stop) input[k] = op.template load<width>(span.base + i, span.head - i, span.stop - i);
       }
       // The first elements are under way before the row's numbers are waited for.
-      if (at == lane * width) row = op.rows[span.row];
+      if (at == lane * width) {
+        row = op.rows[span.row];
+        if constexpr (Op::kMultiplies) {
+          if (span.stop >= kWorthReciprocal * walk.team) row.by = reciprocal(row.grid);
+        }
+      }
 #pragma unroll
       for (int k = 0; k < Op::kBatch; ++k) {
         const int i = at + k * step;

@@ -11,7 +11,7 @@ struct FakeQuantizeOp {
   static constexpr int kSums = 0;
   static constexpr int kBatch = sizeof(S) > 4 ? 1 : kind == kPlain ? 4 : 2;
   static constexpr int kBlocks = kRunBlocks<S>, kColumnBlocks = kind == kPlain && sizeof(S) <= 4 ? 3 : 2;
-  static constexpr bool kCoin = throws_coin(kind);
+  static constexpr bool kCoin = throws_coin(kind), kMultiplies = kMultipliesFor<kind, S>;
   template <int width>
   struct Input {
     Chunk<S, width> x, shift;
@@ -36,6 +36,17 @@ struct FakeQuantizeOp {
   template <int width, int step, class Sums>
   __device__ void apply(const Input<width>& in, int64_t first, int lo, int hi, const Row<C>* row, Sums*) const {
     C n[width] = {}, out[width];
+    if constexpr (kMultiplies && step == 0) {
+      if (row->by.serves) {
+        const Grid<C> grid = row->grid;
+#pragma unroll
+        for (int e = 0; e < width; ++e) {
+          const C q = round_even(multiplied_position(element(in.x, e) - grid.offset, grid.scale, row->by));
+          out[e] = value(q, grid);
+        }
+        return store_chunk(y + first, to_chunk<S>(out), lo, hi, aligned);
+      }
+    }
     if constexpr (kind == kShift) {
 #pragma unroll
       for (int e = 0; e < width; ++e) n[e] = element(in.shift, e);

@@ -33,7 +33,8 @@ struct FakeQuantizeBackwardOp {
   static constexpr int kBatch = sizeof(S) <= 4 ? 2 : 1, kSums = common ? 1 : 2;
   static constexpr int kBlocks = kind == kPlain || sizeof(S) > 4 ? kRunBlocks<S> : 3;
   static constexpr int kColumnBlocks = common && sizeof(S) <= 4 ? 3 : 2;
-  static constexpr bool kCoin = throws_coin(kind);
+  // Scaled element by element (ewgs), dx shows the last bit of x / scale, which a multiplication may not have.
+  static constexpr bool kCoin = throws_coin(kind), kMultiplies = common && kMultipliesFor<kind, S>;
   template <int width>
   struct Input {
     Chunk<S, width> grad, x;
@@ -57,6 +58,20 @@ struct FakeQuantizeBackwardOp {
   template <int width, int step, class Sums>
   __device__ void apply(const Input<width>& in, int64_t first, int lo, int hi, const Row<C>* row, Sums* sums) const {
     C n[width] = {}, out[width];
+    if constexpr (kMultiplies && step == 0) {
+      if (row->by.serves) {
+        const Reciprocal by = row->by;
+#pragma unroll
+        for (int e = 0; e < width; ++e) {
+          const C g = element(in.grad, e), x = element(in.x, e);
+          const C v = multiplied_position(x, row->grid.scale, by), q = round_even(v);
+          const bool outside = x < by.first || x > by.last;
+          out[e] = outside ? C(0) : g;
+          sums[0][0] += g * (outside ? q : q - v);
+        }
+        return store_chunk(dx + first, to_chunk<S>(out), lo, hi, aligned);
+      }
+    }
     if constexpr (kind != kPlain) draw<kind>(uint64_t(__ldg(seed)), stream, first, n);
 #pragma unroll
     for (int e = 0; e < width; ++e) {

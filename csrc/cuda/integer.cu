@@ -10,7 +10,7 @@ struct QuantizeOp {
   using Storage = S;
   using C = Compute<S>;
   static constexpr int kBatch = sizeof(S) <= 4 ? 4 : 2, kSums = 0, kBlocks = kRunBlocks<S>, kColumnBlocks = 2;
-  static constexpr bool kCoin = false;
+  static constexpr bool kCoin = false, kMultiplies = false;
   template <int width>
   using Input = Chunk<S, width>;
 
@@ -40,7 +40,7 @@ struct DequantizeOp {
   using Storage = S;
   using C = Compute<S>;
   static constexpr int kBatch = 4, kSums = 0, kBlocks = kRunBlocks<S>, kColumnBlocks = 2;
-  static constexpr bool kCoin = false;
+  static constexpr bool kCoin = false, kMultiplies = false;
   template <int width>
   using Input = Chunk<uint8_t, width>;
 

@@ -1,4 +1,5 @@
-// rint(x / scale) without the division, for processors on which it is slower than the memory. No offset, no noise.
+// rint(x / scale) without the division, for processors on which it is slower than the memory. No noise; where there is
+// an offset, x is the difference to it, which the quantizer rounds before it divides.
 //
 // With inverse = 1 / scale, rounded,
 //   w = x * inverse,  v = fma(fma(-w, scale, x), inverse, w)
@@ -38,6 +39,11 @@ QK_HD float outermost(float level, float scale, bool above) {
   const double end = middle * double(scale);
   const float x = float(end);
   return (above ? double(x) > end : double(x) < end) ? neighbour(x, !above) : x;
+}
+
+// A position with the same nearest level as that of x on the grid; x itself where it is NaN.
+QK_HD float multiplied_position(float x, float scale, Reciprocal by) {
+  return quotient(clip(x, by.first, by.last), scale, by.inverse);
 }
 
 QK_HD Reciprocal reciprocal(Grid<float> grid) {

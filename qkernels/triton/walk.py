@@ -17,6 +17,8 @@ from . import math
 BLOCK = 2048  # elements of a block, a power of two
 COLUMNS = 256  # widest block where columns have scales of their own
 PROGRAMS = 2048  # enough programs to fill a device; below, a program takes one block
+# Multiplies and adds are rounded one by one, and no function flushes subnormal numbers (floor would).
+EXACT = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 STEPS = 16  # most blocks that one program sums
 
 
@@ -79,9 +81,9 @@ def draws(kind: int) -> bool:
 
 
 def launch(kernel, programs: int, like: torch.Tensor, *args, num_warps: int = 4, **constants) -> None:
-    """Run a kernel on the device of ``like``, with multiplies and adds rounded one by one."""
+    """Run a kernel on the device of ``like``."""
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        kernel[(programs,)](*args, **constants, num_warps=num_warps, **EXACT)
 
 
 def row_values(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -74,6 +74,10 @@ T __ldg(const T* p) {
   emulator::serve_read_only(p, sizeof(T));
   return *p;
 }
+template <class T>
+void __stwb(T* p, T value) {
+  *p = value;
+}
 inline float __uint_as_float(uint32_t word) {
   float x;
   memcpy(&x, &word, sizeof(x));
