@@ -151,7 +151,9 @@ def test_batchnorm_is_re_estimated_for_mobilenet_alone():
     mobilenet = load_recipe("saq_mobilenet")
     assert (mobilenet["epochs"], mobilenet["weight_decay"], mobilenet["bn_reestimate"]) == (140, 4e-5, 10)
     assert mobilenet["quantizer"]["act_offset"] is True
-    assert mobilenet["sharpness"]["rho_by_model"]["mobilenet_v2"] == {"4": 0.40}
+    assert (
+        mobilenet["sharpness"]["rho"] == mobilenet["sharpness"]["rho_by_model"]["mobilenet_v2"]["4"] == 0.40
+    )
 
 
 def test_assignments():
@@ -202,11 +204,14 @@ def test_logit_distillation_loss():
         ("resnet50", 4, {}, 0.95),
         ("mobilenet_v2", 2, {}, 0.40),
         ("torchvision:mobilenet_v2", 4, {}, 0.40),
+        ("timm:mobilenetv2_100", 4, {"recipe": "saq_mobilenet"}, 0.40),
+        ("timm:vit_base_patch32_224", 2, {"recipe": "saq_vit"}, 0.01),
         ("resnet50", 4, {"sharpness.rho": 0.1}, 0.1),
     ],
 )
 def test_saq_takes_rho_by_model_and_bits(model, bits, settings, rho):
     config = make_config(**{**TINY, "recipe": "saq", "model": model, "weight_bits": bits, **settings})
+    config["optimizer"] = "sgd"
     optimizer = build.optimizer(build.quantize(Tiny(), config), {**config, "clip_grad_norm": 2.0})
     assert {group["rho"] for group in optimizer.param_groups} == {rho}
     assert (optimizer.case, optimizer.every, optimizer.beta, optimizer.max_norm) == (3, 4, 0.7, 2.0)

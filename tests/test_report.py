@@ -305,7 +305,11 @@ def test_figures_of_noise_gradients_and_the_trace(tmp_path):
             "variance": {n: {"output": [1e-4, 1e-2, v]} for n, v in (("quantized", None), ("float", 1.0))},
         },
         "gradient_norms": {"mean": {"none": 1.25, "weights": 2.0, "features": None}},
-        "gradient_cosine": {"cosine": [0.5, None, 0.75], "mean": 0.625},
+        "gradient_cosine": {
+            "cosine": [0.5, None, 0.75],
+            "mean": 0.625,
+            "settings": {"rho": 0.3, "case": 3},
+        },
         "hessian_trace": {"runs": {"run": {"epochs": [0, 2], "trace": [-3.0, 40.0]}}},
     }
     make_run(tmp_path / "f", recipe="float", bits=32)
@@ -315,8 +319,8 @@ def test_figures_of_noise_gradients_and_the_trace(tmp_path):
     path = write_report([tmp_path], tmp_path / "report.html")
     page, text = Page(path), path.read_text()
     header, row = next(t for t in page.tables if "cos(gₛ, g)" in t[0])
-    assert header == ["", "‖g‖", "noise on weights", "noise on features", "cos(gₛ, g)"]
-    assert row == ["lsq W4A4", "1.250", "2.000", "", "0.613 ± 0.018"]
+    assert header == ["", "‖g‖", "noise on weights", "noise on features", "cos(gₛ, g)", "Perturbed by"]
+    assert row == ["lsq W4A4", "1.250", "2.000", "", "0.613 ± 0.018", "ρ = 0.3, SAQ case 3"]
     plots = {name: text.count(f'aria-label="{name}') for name in ("Output variance", "Cosine", "Trace")}
     assert plots == {"Output variance": 1, "Cosine": 1, "Trace": 1}
     # The group has the colour it has in the training curves, and what is missing or has no logarithm is no point.

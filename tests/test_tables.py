@@ -51,7 +51,9 @@ def test_rows_mean_what_they_say():
     assert [found[f"p = {p}"]["quantizer"]["act_noise"]["p"] for p in (0.3, 1.0)] == [0.3, 1.0]
     assert found["p = 0"] == found["CSD"]
     found = {name: config(row) for name, row in rows_of("nt-noise").items()}
-    assert found["c = 0 (LSQ)"]["method"] == "lsq" and not found["c = 0 (LSQ)"]["quantizer"]
+    assert found["c = 0 (LSQ)"]["method"] == "lsq" and found["c = 0 (LSQ)"]["quantizer"] == {
+        "weight_noise": "none"
+    }
     assert found["c = 0.3"]["quantizer"]["weight_noise"] == {"kind": "Tempering", "c": 0.3, "k": 50.0}
     found = {name: config(row) for name, row in rows_of("saq-cases").items()}
     assert not found["SGD"]["sharpness"] and [found[f"case {c}"]["sharpness"]["case"] for c in (1, 2, 3)] == [

@@ -20,16 +20,21 @@ def _gradients(groups):
         if cosine is None and not any(v is not None for v in found):
             continue
         text = "" if cosine is None else f"{cosine:.3f}"
-        rows.append(
-            [g.label, *map(charts.number, found), text if deviation is None else f"{text} ± {deviation:.3f}"]
+        text += "" if deviation is None else f" ± {deviation:.3f}"
+        rho, case = (
+            (g.measured("figures", "gradient_cosine", "settings", k) or [None])[0] for k in ("rho", "case")
         )
+        ascent = "" if rho is None else f"ρ = {rho:g}, " + ("SAM" if case is None else f"SAQ case {case}")
+        rows.append([g.label, *map(charts.number, found), text, ascent])
     if not rows:
         return ""
     note = (
         "Norm of the gradient of the weights, without noise and under noise of one quantization step. Cosine: of the "
-        "gradients at perturbed (SAM, SAQ) and at present weights, mean over batches (± over seeds)."
+        "gradients at perturbed and at present weights, perturbed as named, mean over batches (± over seeds)."
     )
-    return "<h3>Gradients</h3>" + table(["", *_NORMS.values(), "cos(gₛ, g)"], rows, "matrix", note)
+    return "<h3>Gradients</h3>" + table(
+        ["", *_NORMS.values(), "cos(gₛ, g)", "Perturbed by"], rows, "matrix", note
+    )
 
 
 def _curves(groups):

@@ -3,12 +3,11 @@
 import math
 from html import escape
 
+from ..sharpness.formulas import NAMES
 from . import charts, figures
 from .html import figure, legend, picture, table
 from .runs import spread
 
-_BOUNDS = ("pac_bayes_init", "pac_bayes_orig", "pac_bayes_mag_init", "pac_bayes_mag_orig", "sharpness_init",
-           "sharpness_orig", "sharpness_mag_init", "sharpness_mag_orig")  # fmt: skip
 _SHORT = ("Init", "Orig", "Mag-Init", "Mag-Orig") * 2
 _KINDS = {"latent": "latent weights", "quantized": "quantized weights"}
 
@@ -31,15 +30,21 @@ def _flatness(groups):
     """QGen's table 3, the sharpness of NT's table 3 and the Hessian; the lowest of a column is bold."""
     parts = []
     for kind, name in _KINDS.items():
+        if not any(
+            g.measured(f"{section}_{kind}") for g in groups for section in ("bounds", "linf", "hessian")
+        ):
+            continue
         rows = [
-            (g, [spread(g.measured(f"bounds_{kind}", "measures", b))[0] for b in _BOUNDS]) for g in groups
+            (g, [spread(g.measured(_key("bounds", kind, g), "measures", b))[0] for b in NAMES])
+            for g in groups
         ]
         rows = [(g, values) for g, values in rows if any(v is not None for v in values)]
         if rows:
             above = [("", 1), ("PAC-Bayes", 4), ("Sharpness", 4)]
             cells = _lowest_bold([g.label for g, _ in rows], [values for _, values in rows])
             note = (
-                "√(bound / images), mean over seeds, lowest in bold. Mag: perturbed in proportion to weights."
+                "√(bound / images), mean over seeds, lowest in bold. Init: from where training started, "
+                "a float model for runs that start from one. Mag: perturbed in proportion to weights."
             )
             parts.append(f"<h3>Flatness bounds, {name}</h3>")
             parts.append(table(["", *_SHORT], cells, "matrix", note, above))
@@ -47,16 +52,21 @@ def _flatness(groups):
     return "".join(parts)
 
 
+def _key(section, kind, group):
+    """The weights of a float model are before and after quantizers at once; a table without any other leaves it out."""
+    return f"{section}_{'latent' if group.bits == 'FP32' else kind}"
+
+
 def _curvature(groups, kind, name):
-    radii = list({rho: None for g in groups for found in g.measured(f"linf_{kind}") for rho in found})
+    radii = list({rho: None for g in groups for found in g.measured(_key("linf", kind, g)) for rho in found})
     rows, errors = [], []
     for g in groups:
-        top = [values[0] for values in g.measured(f"hessian_{kind}", "eigenvalues") if values]
-        boxes = [g.measured(f"linf_{kind}", rho, "difference") for rho in radii]
-        columns = [top, g.measured(f"hessian_{kind}", "trace"), *boxes]
+        top = [values[0] for values in g.measured(_key("hessian", kind, g), "eigenvalues") if values]
+        boxes = [g.measured(_key("linf", kind, g), rho, "difference") for rho in radii]
+        columns = [top, g.measured(_key("hessian", kind, g), "trace"), *boxes]
         if any(columns):
             rows.append((g.label, [spread(column)[0] for column in columns]))
-            errors.append(spread(g.measured(f"hessian_{kind}", "trace_stderr"))[0])
+            errors.append(spread(g.measured(_key("hessian", kind, g), "trace_stderr"))[0])
     if not rows:
         return ""
     cells = _lowest_bold(*zip(*rows, strict=True))

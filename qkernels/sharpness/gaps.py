@@ -2,13 +2,14 @@
 
 import torch
 
-from ..corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from ..corruptions import CORRUPTIONS, SEVERITIES, ImageNetC, corrupt, load_cifar_c
 from ..nn import QUANTIZED, _Quantized
 from ..quantizers import Quantizer
 from ..training.engine import evaluate
 
 
-def generalization(model, data, corruptions=(), severities=SEVERITIES, *, seed=0, done=None, progress=None):
+def generalization(model, data, corruptions=(), severities=SEVERITIES, *, published=None, seed=0, done=None,
+                   progress=None):  # fmt: skip
     """Loss and accuracy on training, test and corrupted test images, and the gaps between them.
 
     gap: test loss - training loss; accuracy_gap: training accuracy - test accuracy; per corruption,
@@ -18,6 +19,7 @@ def generalization(model, data, corruptions=(), severities=SEVERITIES, *, seed=0
         model: nn.Module, evaluated on its own device. data: of ``qkernels.training.load_run`` (train_eval,
         test).
         corruptions: names of ``qkernels.corruptions``, or "all". severities: 1 to 5.
+        published: folder of CIFAR-10-C, CIFAR-100-C or ImageNet-C to read them from; default they are computed.
         done: results of an earlier call, ``corrupted`` of which are not computed again; it is updated as
         results come.
         progress: called with (what, done, of).
@@ -42,11 +44,22 @@ def generalization(model, data, corruptions=(), severities=SEVERITIES, *, seed=0
         found["gap"] = found["test_loss"] - found["train_loss"]
         found["accuracy_gap"] = found["train_acc"] - found["test_acc"]
     corrupted = found.setdefault("corrupted", {})
+    if corrupted and names and found.get("published") != published:
+        raise ValueError(
+            f"published: corruptions were measured with {found.get('published')!r} before, not {published!r}"
+        )
+    if names:
+        found["published"] = published
     for i, name in enumerate(names):
         for severity in severities:
             cells = corrupted.setdefault(name, {})
             if str(severity) not in cells:
-                loss, accuracy = evaluate(model, _Corrupted(data, name, severity, seed), device)
+                images = (
+                    _Corrupted(data, name, severity, seed)
+                    if published is None
+                    else _Published(data, name, severity, published)
+                )
+                loss, accuracy = evaluate(model, images, device)
                 cells[str(severity)] = _against(found, loss, accuracy)
         if progress is not None:
             progress("corruptions", i + 1, len(names))
@@ -86,6 +99,28 @@ class _Corrupted:
             pixels = corrupt(pixels, *self.arguments, seed=self.seed, start=first)
             yield (pixels - mean) / std, target
             first += len(x)
+
+
+class _Published:
+    """One corruption of a published set, as the test loader gives its images: normalised, in its batches."""
+
+    def __init__(self, data, name, severity, folder):
+        self.loader = data.test
+        if data.name in ("cifar10", "cifar100"):
+            self.images = torch.utils.data.TensorDataset(*load_cifar_c(folder, name, severity))
+        elif data.name == "folder":
+            self.images = ImageNetC(folder, name, severity)
+            if len(self.images.classes) != data.num_classes:
+                raise ValueError(
+                    f"published: {folder} has {len(self.images.classes)} classes, the run's data {data.num_classes}"
+                )
+        else:
+            raise ValueError(f"published: there are corrupted sets of CIFAR and ImageNet, not of {data.name}")
+
+    def __iter__(self):
+        mean, std = self.loader.mean, self.loader.std
+        for x, target in torch.utils.data.DataLoader(self.images, self.loader.batch_size):
+            yield (x.to(mean.device).float() - mean) / std, target.to(mean.device)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ RADII = (1e-3, 5e-4)
 FULL = {"bounds": (10, 15, 20), "linf": 20, "top": 3, "trace": 32, "size": 25, "severities": SEVERITIES}
 QUICK = {"bounds": (3, 8, 5), "linf": 5, "top": 1, "trace": 8, "size": 9, "severities": (1, 5)}
 QUICK_BATCHES = 4
+SEARCH = ("over", "ball", "target", "parameters")
 FIGURES = {
     "output_variance": OutputVariance,
     "gradient_norms": GradientNorms,
@@ -43,8 +44,9 @@ def add_arguments(parser):
     flag("--weights", choices=kinds, default="latent", help="perturb them before or after their quantizers")
     flag("--landscape", action="store_true", help="also landscape_latent.png (or _quantized) and its numbers")
     flag(
-        "--corruptions", action="store_true", help="also the test images under 15 corruptions x 5 severities"
-    )
+        "--corruptions", nargs="?", const="", metavar="DIR",
+        help="also the test images under 15 corruptions x 5 severities, or those of CIFAR-C or ImageNet-C in DIR",
+    )  # fmt: skip
     flag(
         "--figures",
         action="store_true",
@@ -52,10 +54,33 @@ def add_arguments(parser):
     )
     flag("--density", action="store_true", help="also the Hessian's spectral density")
     flag("--quick", action="store_true", help="a few batches and samples: minutes, rougher numbers")
-    flag("--batches", type=int, metavar="N", help="training batches to measure on (default: all)")
+    flag(
+        "--batches",
+        type=int,
+        metavar="N",
+        help="measure on random training images, N batches of them (default: all)",
+    )
     flag("--batch-size", type=int, metavar="N", help="of the measurement (default: the run's)")
     flag("--which", choices=("checkpoint", "best"), default="checkpoint", help="the last weights or the best")
     flag("--noise", choices=("std", "variance"), default="std", help="sigma, or sigma^2, is the deviation")
+    flag(
+        "--over",
+        choices=("worst", "mean"),
+        default="worst",
+        help="alpha: of the copies (QGen, B.2: the mean)",
+    )
+    flag(
+        "--ball", choices=("linf", "l2"), default="linf", help="of alpha: each weight's, or all weights' norm"
+    )
+    flag(
+        "--target", choices=("accuracy", "loss"), default="accuracy", help="what moves by 0.1 in the searches"
+    )
+    flag(
+        "--parameters",
+        choices=("weights", "all"),
+        default="weights",
+        help="all: BatchNorm's, too, are perturbed",
+    )
     flag("--seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
     flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     flag("--threads", type=int, metavar="N", help="CPU threads")
@@ -82,7 +107,7 @@ def main(args):
         kinds = ("latent",)  # a float run has no quantizers to be before or after
     run = Run(args, out, model, data, config)
     try:
-        run.once("generalization", run.generalization, again=args.corruptions)
+        run.once("generalization", run.generalization, again=args.corruptions is not None)
         run.once("layers", lambda: layer_table(model))
         for kind in kinds:
             run.kind(kind)
@@ -106,11 +131,12 @@ class Run:
         self.args, self.out, self.model, self.data, self.config = args, out, model, data, config
         self.sizes = QUICK if args.quick else FULL
         batches = args.batches or (QUICK_BATCHES if args.quick else None)
+        self.loader = data.train_eval.sample(batches, args.seed) if batches else data.train_eval
         self.common = {"batches": batches, "seed": args.seed}
         self.path, self.progress = out / "measures.json", Progress(args.quiet)
         settings = {
             "quick": args.quick,
-            "noise": args.noise,
+            **{name: getattr(args, name) for name in ("noise", *SEARCH)},
             "which": args.which,
             "batch_size": args.batch_size or config["batch_size"],
             "weights": digest(model.parameters()),
@@ -139,14 +165,19 @@ class Run:
             write_json(self.path, {**self.results, "generalization": found})
             self.progress(*what)
 
-        names = "all" if self.args.corruptions else ()
-        settings = {"seed": self.args.seed, "done": found, "progress": tell}
+        names = () if self.args.corruptions is None else "all"
+        settings = {
+            "published": self.args.corruptions or None,
+            "seed": self.args.seed,
+            "done": found,
+            "progress": tell,
+        }
         return generalization(self.model, self.data, names, self.sizes["severities"], **settings)
 
     def kind(self, weights):
         """The bounds, boxes and curvature of latent or quantized weights."""
         initial = self.out / "initial.safetensors"
-        loader, common = self.data.train_eval, {"weights": weights, **self.common}
+        loader, common = self.loader, {"weights": weights, "parameters": self.args.parameters, **self.common}
         partial = self.out / f"bounds_{weights}.partial.json"
         samples, iterations, ascent_steps = self.sizes["bounds"]
 
@@ -154,7 +185,7 @@ class Run:
             return asdict(measure(
                 self.model, loader, checkpoint.load_model(initial), noise=self.args.noise, samples=samples,
                 iterations=iterations, ascent_steps=ascent_steps, m=self.data.train_size, out=partial,
-                progress=self.progress, **common,
+                progress=self.progress, **common, over=self.args.over, ball=self.args.ball, target=self.args.target,
             ))  # fmt: skip
 
         def boxes():
@@ -183,7 +214,7 @@ class Run:
     def picture(self, weights):
         path = self.out / f"landscape_{weights}.json"
         found = landscape(
-            self.model, self.data.train_eval, F.cross_entropy, self.sizes["size"], weights=weights, out=path,
+            self.model, self.loader, F.cross_entropy, self.sizes["size"], weights=weights, out=path,
             progress=self.progress, **self.common,
         )  # fmt: skip
         found.plot(path.with_suffix(".png"))
@@ -195,7 +226,7 @@ class Run:
         compared, start = model, Path(self.config["init"] or self.out / "float")
         if self.config["method"] and (start / "config.json").exists():
             compared = {"quantized": model, "float": load_run(start, self.args.device)[0]}
-        found = {"output_variance": output_variance(compared, data.train_eval, samples=samples, **common)}
+        found = {"output_variance": output_variance(compared, self.loader, samples=samples, **common)}
         data.train.set_epoch(0)
         if quantizers(model):
             found["gradient_norms"] = gradient_norms(model, data.train, samples=samples, **common)
@@ -203,7 +234,7 @@ class Run:
             model, data.train, **_ascent(model, self.config), **common
         )
         found["hessian_trace"] = hessian_trace_along(
-            self.kept(), data.train_eval, trace_samples=self.sizes["trace"], **common
+            self.kept(), self.loader, trace_samples=self.sizes["trace"], **common
         )
         return {name: asdict(values) for name, values in found.items()}
 

@@ -1,5 +1,6 @@
 """Data sets by name, and loaders whose batches are a pure function of (seed, epoch, batch)."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Loader:
         if size < world_size:
             raise ValueError(f"world_size={world_size}: more ranks than the {size} images of the data set")
         self.samples = size // world_size if train else len(range(rank, size, world_size))
+        self.only = None  # of a sample: the indices of its images
         self.set_epoch(0)
 
     def set_epoch(self, epoch, start_batch=0):
@@ -45,12 +47,32 @@ class Loader:
             return self.samples // self.batch_size
         return -(-self.samples // self.batch_size)
 
+    def sample(self, batches, seed=0):
+        """A loader of ``batches`` batches of random images of this one, in its order; itself where it has no more.
+
+        For measurements: the first images of a folder are those of its first classes.
+        """
+        count = batches * self.batch_size
+        if self.train or self.world_size > 1 or count >= self.samples:
+            return self
+        made = copy.copy(self)
+        drawn = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))[:count]
+        made.only, made.samples = drawn.sort().values, count
+        made.set_epoch(0)
+        made._start()
+        return made
+
+    def _start(self):
+        """What a loader needs beside its settings."""
+
     def _generator(self):
         state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
     def _order(self, generator):
         """Data set indices of this rank, in the order of the epoch."""
+        if self.only is not None:
+            return self.only
         order = torch.randperm(self.size, generator=generator) if self.train else torch.arange(self.size)
         return self._share(order)
 

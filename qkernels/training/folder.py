@@ -59,14 +59,18 @@ class FolderLoader(Loader):
         self.device = device
         mean_std = (255 * torch.tensor(t).view(3, 1, 1) for t in (IMAGENET_MEAN, IMAGENET_STD))
         self.mean, self.std = (t.to(device) for t in mean_std)
+        self.images, self.processes = Images(files, number, image_size, augment, self.seed), workers
+        self._start()
+
+    def _start(self):
         self.workers = torch.utils.data.DataLoader(
-            Images(files, number, image_size, augment, self.seed),
+            self.images,
             # Without a cycle workers stop with the last reference; the cyclic collector takes 5 s for each.
             batch_sampler=Keys(weakref.proxy(self)),
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=self.processes,
+            persistent_workers=self.processes > 0,
             generator=torch.Generator(),  # so that iterating leaves the global random state alone
-            pin_memory=torch.device(device).type == "cuda",
+            pin_memory=torch.device(self.device).type == "cuda",
         )
 
     def __iter__(self):

@@ -49,7 +49,7 @@ _P_SWEEP = (
     *(Row(f"p = {p}", f"both-p{p}", "fpq", _perturbed(p)) for p in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)),
 )
 _NOISE = (
-    Row("c = 0 (LSQ)", "lsq", "lsq"),
+    Row("c = 0 (LSQ)", "lsq", "noise_tempering", {"method": "lsq", "quantizer.weight_noise": "none"}),
     *(Row(f"c = {c}", f"nt-c{c}", "noise_tempering", _tempered(c)) for c in (0.1, 0.2, 0.3, 0.4)),
 )
 _RHO = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)

@@ -173,9 +173,8 @@ def _dominant_eigenvalue(folder, args):
     from ..sharpness import hessian
 
     model, data, _ = load_run(folder, args.device)
-    return hessian(
-        model, data.train_eval, top=1, trace_samples=0, tolerance=1e-2, batches=args.batches
-    ).eigenvalues[0]
+    loader = data.train_eval.sample(args.batches) if args.batches else data.train_eval
+    return hessian(model, loader, top=1, trace_samples=0, tolerance=1e-2).eigenvalues[0]
 
 
 _COLUMNS = {
