@@ -215,7 +215,7 @@ def test_cifar10_reads_the_binary_files(tmp_path, inside):
 
 def test_cifar100_takes_the_fine_label(tmp_path):
     records = write_cifar(tmp_path / "cifar-100-binary", labels=2, classes=100)
-    data = build_data("cifar100", 4, root=tmp_path)
+    data = build_data(f"cifar100:{tmp_path}", 4)
     assert (data.train_size, data.test_size, data.num_classes) == (8, 8, 100)
     targets = torch.cat([target for _, target in data.test])
     assert targets.tolist() == records[1][:, 1].tolist()

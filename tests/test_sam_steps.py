@@ -364,6 +364,21 @@ def test_frozen_quantized_weights_are_told_from_none():
         qk.optim.SAQ(net, base)
 
 
+def test_a_layer_that_saq_does_not_know_is_told():
+    net = qk.quantize_(network(), act_bits=None)
+    optimizer = qk.optim.SAQ(net, base_of("sgd", net.parameters()), every=1)
+    name, layer = convert.layers(net)[0]
+    other = copy.deepcopy(layer)
+    other.weight = layer.weight
+    net.set_submodule(name, other)
+    inputs = torch.randn(
+        8, *(layer.weight.shape[1:] if layer.weight.dim() == 2 else (layer.weight.shape[1], 8, 8))
+    )
+    net(inputs).square().mean().backward()
+    with pytest.raises(RuntimeError, match="layers that it had not when SAQ was made: make SAQ anew"):
+        optimizer.first_step()
+
+
 @pytest.mark.parametrize("case", [1, 2, 3])
 def test_saq_without_quantizers_perturbs_the_weights_all_the_same(case):
     """Inside qk.disabled Q(w) is w, so that all cases are SAM."""

@@ -106,6 +106,8 @@ class SAQ(SAM):
         if self.case == 1:
             g = layer.weight.grad
             return g.full_tensor() if hasattr(g, "full_tensor") else g
+        if layer not in self._captures:
+            raise RuntimeError("model has quantized layers that it had not when SAQ was made: make SAQ anew")
         g = self._captures[layer].gradient
         self._captures[layer].on = False
         if g is not None:

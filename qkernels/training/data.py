@@ -146,7 +146,6 @@ def build_data(
     batch_size,
     seed=0,
     augment=True,
-    root=None,
     *,
     image_size=224,
     workers=4,
@@ -161,8 +160,8 @@ def build_data(
     folder in it; random crop with 4 pixels of padding, mirroring. ``folder:DIR``: DIR/train/<class>/*.jpg and
     DIR/val, read by ``workers`` processes; random resized crop to ``image_size`` and mirroring, or resize and
     centre crop. ``fake:CxHxW:CLASSES``: 512 and 128 synthetic, learnable images (default 3x32x32:10).
-    ``root`` stands in for a missing DIR. Batches lie on ``device``. ValueError: unknown spec, bad argument,
-    damaged file. FileNotFoundError: missing file. ImportError: missing extra.
+    Batches lie on ``device``. ValueError: unknown spec, bad argument, damaged file. FileNotFoundError: missing file.
+    ImportError: missing extra.
     """
     for argument, value, least in [
         ("batch_size", batch_size, 1),
@@ -178,11 +177,11 @@ def build_data(
     if name == "folder":
         from qkernels.training.folder import folder_data
 
-        return folder_data(_directory(name, rest, root), batch_size, augment, image_size, workers, options)
+        return folder_data(_directory(name, rest), batch_size, augment, image_size, workers, options)
     if spec == "digits":
         arrays, augmentation = _digits(), {"pad": 1}
     elif name in _CIFAR:
-        arrays, augmentation = _cifar(name, _directory(name, rest, root)), {"pad": 4, "flip": True}
+        arrays, augmentation = _cifar(name, _directory(name, rest)), {"pad": 4, "flip": True}
     elif name == "fake":
         arrays, augmentation = _fake(spec, rest), {"pad": 4, "flip": True}
     else:
@@ -203,10 +202,10 @@ def build_data(
     )
 
 
-def _directory(name, rest, root):
-    if not rest and root is None:
+def _directory(name, rest):
+    if not rest:
         raise ValueError(f"spec={name!r}: the data set lies in a folder; expected {name}:DIR")
-    directory = Path(rest or root).expanduser()
+    directory = Path(rest).expanduser()
     if not directory.is_dir():
         raise FileNotFoundError(f"spec='{name}:{directory}': {directory} is not a folder")
     return directory
