@@ -1,8 +1,11 @@
 """The multi-tensor ops in Triton: a program takes one block of one tensor, found in a table of addresses.
 
-A launch serves the tensors of one dtype. The table is a tensor of int64, copied from pageable memory at each call: a
-CUDA graph cannot capture that (the native kernels take their tables by value).
+A launch serves the tensors of one dtype. What depends on their sizes alone is kept from call to call; the addresses are
+a tensor of int64, copied from pageable memory at each call: a CUDA graph cannot capture that (the native kernels take
+their tables by value).
 """
+
+import functools
 
 import torch
 import triton
@@ -138,8 +141,18 @@ def _table(rows, like):
 
 
 def _blocks(tensors):
-    """For each block: tensor, first element, elements of the tensor."""
-    return [(t, i, x.numel()) for t, x in enumerate(tensors) for i in range(0, x.numel(), BLOCK)]
+    """(table, ends): for each block its tensor, first element, elements of the tensor; where a tensor's blocks end."""
+    return _cut(tuple(t.numel() for t in tensors), tensors[0].device)
+
+
+@functools.lru_cache(maxsize=32)
+def _cut(sizes, device):
+    blocks = [(t, i, size) for t, size in enumerate(sizes) for i in range(0, size, BLOCK)]
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + triton.cdiv(size, BLOCK))
+    # Not `non_blocking`: another stream may be the next to read them.
+    return tuple(torch.tensor(rows, dtype=torch.int64).to(device) for rows in (blocks, ends))
 
 
 def _by_dtype(tensors):
@@ -169,16 +182,13 @@ def multi_norm(tensors, weights, eta):
     for at in _by_dtype(tensors):
         a = [tensors[i] for i in at]
         b = [weights[i] for i in at] if weights else a
-        blocks = _blocks(a)
+        blocks, ends = _blocks(a)
         partial, like = squares.new_empty(len(blocks)), a[0]
         walk.launch(products_kernel, len(blocks), like, like, like, partial, _table(_addresses((a, b)), like),
-                    _table(blocks, like), len(a), len(blocks), float(eta), DOT=False, WEIGHTED=bool(weights),
-                    BLOCK=BLOCK, num_warps=8)  # fmt: skip
-        ends = [0]
-        for t in a:
-            ends.append(ends[-1] + triton.cdiv(t.numel(), BLOCK))
+                    blocks, len(a), len(blocks), float(eta), DOT=False, WEIGHTED=bool(weights), BLOCK=BLOCK,
+                    num_warps=8)  # fmt: skip
         sums = squares.new_empty(len(a))
-        walk.launch(finish_kernel, len(a), like, partial, _table(ends, like), sums, W=SUMS)
+        walk.launch(finish_kernel, len(a), like, partial, ends, sums, W=SUMS)
         squares[_table(at, like)] = sums
     return squares.sum().sqrt().reshape(1), squares.sqrt()
 
@@ -192,10 +202,10 @@ def multi_dot(a, b):
     total = a[0].new_zeros(3, dtype=torch.float64)
     for at in _by_dtype(a):
         x, y = [a[i] for i in at], [b[i] for i in at]
-        blocks, like = _blocks(x), x[0]
+        (blocks, _), like = _blocks(x), x[0]
         partial, sums = total.new_empty(3 * len(blocks)), total.new_empty(3)
         walk.launch(products_kernel, len(blocks), like, like, like, partial, _table(_addresses((x, y)), like),
-                    _table(blocks, like), len(x), len(blocks), 0.0, DOT=True, WEIGHTED=False, BLOCK=BLOCK,
+                    blocks, len(x), len(blocks), 0.0, DOT=True, WEIGHTED=False, BLOCK=BLOCK,
                     num_warps=8)  # fmt: skip
         ends = [k * len(blocks) for k in range(4)]
         walk.launch(finish_kernel, 3, like, partial, _table(ends, like), sums, W=SUMS)
@@ -215,9 +225,9 @@ def multi_perturb(out, params, directions, points, move, coefficients, seed, fir
         w = [params[i] for i in at]
         d, p = [directions[i] for i in at] if directions else w, [points[i] for i in at] if points else w
         targets = [[out[k * len(params) + i] for i in at] for k in range(copies)]
-        blocks, like = _blocks(w), w[0]
+        (blocks, _), like = _blocks(w), w[0]
         walk.launch(perturb_kernel, len(blocks), like, like, _table(_addresses((w, d, p, *targets)), like),
-                    _table(blocks, like), _table(at, like), coefficients, seed, len(w), copies, width, first_copy,
+                    blocks, _table(at, like), coefficients, seed, len(w), copies, width, first_copy,
                     MOVE=move, POINTS=bool(points), BLOCK=BLOCK)  # fmt: skip
     return None
 
