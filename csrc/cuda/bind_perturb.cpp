@@ -118,9 +118,7 @@ void multi_perturb_cuda(const Tensors& out, const Tensors& params, const Tensors
     list.device.check(seed, "seed");
     source = row_values(*seed, ScalarType::Long, 1, "seed");
   }
-  // Several copies share one reading of the parameters.
-  constexpr int64_t kTogether = 16;
-  for (int64_t k = 0; k < copies; k += kTogether) {
+  for (int64_t k = 0; k < copies; k += kCopies) {
     const PerturbSettings settings{move,
                                    !points.empty(),
                                    static_cast<const double*>(table_of.const_data_ptr()),
@@ -128,7 +126,7 @@ void multi_perturb_cuda(const Tensors& out, const Tensors& params, const Tensors
                                    int(k),
                                    first_copy + k,
                                    source ? static_cast<const int64_t*>(source->const_data_ptr()) : nullptr};
-    for_tables(members, targets.data() + size_t(k) * count, int32_t(std::min(kTogether, copies - k)),
+    for_tables(members, targets.data() + size_t(k) * count, int32_t(std::min<int64_t>(kCopies, copies - k)),
                [&](const Table& table, Dtype type) {
                  STD_CUDA_CHECK(launch_perturb(table, type, settings, list.device.stream()));
                });

@@ -146,6 +146,10 @@ __global__ void __launch_bounds__(kThreads)
   using C = Compute<S>;
   constexpr int width = kWidth<S>;
   const uint64_t seed = draws(move) ? uint64_t(settings.seed[0]) : 0;
+  // They are doubles on the device, which few threads shall convert.
+  __shared__ MoveNumbers<C> numbers[kCopies];
+  if (int(threadIdx.x) < table.copies) numbers[threadIdx.x] = numbers_of<C>(settings, threadIdx.x);
+  __syncthreads();
   for (int chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
     const Place place = place_of(table, chunk);
     const S *w = static_cast<const S*>(table.entry[place.entry].w),
@@ -163,7 +167,6 @@ __global__ void __launch_bounds__(kThreads)
       }
       // The element is read once for all copies.
       for (int k = 0; k < table.copies; ++k) {
-        const MoveNumbers<C> numbers = numbers_of<C>(settings, k);
         C y[width], n[width];
         if constexpr (draws(move)) {
           const uint64_t stream = stream_of(settings.first_copy + k, table.entry[place.entry].index);
@@ -173,9 +176,9 @@ __global__ void __launch_bounds__(kThreads)
         for (int e = 0; e < width; ++e) {
           const C x = element(ws, e);
           if constexpr (draws(move)) {
-            y[e] = moved(x, spread<move>(x, numbers), n[e]);
+            y[e] = moved(x, spread<move>(x, numbers[k]), n[e]);
           } else {
-            y[e] = perturbed<move>(x, element(ds, e), element(ps, e), numbers);
+            y[e] = perturbed<move>(x, element(ds, e), element(ps, e), numbers[k]);
           }
         }
         S* out = static_cast<S*>(table.out[k * table.entries + place.entry]);

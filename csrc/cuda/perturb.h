@@ -18,6 +18,8 @@ constexpr int64_t kListChunk = 8192;  // elements of a chunk
 constexpr int kEntries = 320;         // tensors of a launch, at most
 constexpr int kOutputs = 1920;        // outputs of a launch, at most: entries times copies
 
+constexpr int kCopies = 16;  // copies of a launch, at most: they share one reading of the parameters
+
 // Kernel parameters hold 32764 bytes. Outputs: copy k of entry e at out[k * entries + e].
 struct Table {
   Entry entry[kEntries];
