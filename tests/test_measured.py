@@ -101,6 +101,19 @@ def test_the_searches_settings_reach_them_and_are_remembered(tmp_path, monkeypat
     assert "over mean instead of worst, ball l2 instead of linf" in capsys.readouterr().err
 
 
+def test_every_result_is_written_and_read_back(tmp_path):
+    torch.manual_seed(0)
+    model, loader = torch.nn.Linear(6, 3), [(torch.randn(8, 6), torch.randint(3, (8,)))]
+    found = sharpness.hessian(model, loader, top=1, trace_samples=2, density_probes=1, density_steps=3)
+    box = sharpness.linf_sharpness(model, loader, steps=2)
+    for result in (found, found.density, box):
+        again = type(result).from_json(result.to_json(tmp_path / "result.json"))
+        assert again.to_dict() == result.to_dict() and type(again) is type(result)
+    assert type(sharpness.Hessian.from_json(found.to_json(tmp_path / "h.json")).density) is type(
+        found.density
+    )
+
+
 def test_the_float_models_row_stands_in_the_tables_of_quantized_weights(tmp_path):
     def quantized(found):
         return found | {

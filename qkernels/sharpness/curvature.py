@@ -9,14 +9,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..perturbation import perturb
 from .data import Data
+from .saved import Saved
 from .subject import Subject, check_at_least, check_criterion
 
 _TOGETHER = 8  # vectors that share one graph of the gradient
 _ROOM = 20  # vectors of Lanczos' basis
+_UNSAVED = ("eigenvectors", "names")
 
 
 @dataclass
-class Hessian:
+class Hessian(Saved):
     """eigenvalues: largest in magnitude first. residuals: ||H v - lambda v||, and whether each has converged.
     iterations: products with the Hessian that they took together.
 
@@ -34,19 +36,27 @@ class Hessian:
     trace_stderr: float | None
     trace_samples: list
     traces: dict
-    eigenvectors: list = field(repr=False)
-    names: list = field(repr=False)
     products: int
     density: object = None
+    eigenvectors: list = field(default=None, repr=False)
+    names: list = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if isinstance(self.density, dict):
+            self.density = Density(**self.density)
 
     def to_dict(self):
-        """All but the eigenvectors, ready for JSON."""
-        values = {k: v for k, v in vars(self).items() if k not in ("eigenvectors", "names", "density")}
+        """All but the eigenvectors, and the names of their tensors."""
+        values = {k: v for k, v in vars(self).items() if k not in _UNSAVED}
         return {**values, "density": None if self.density is None else vars(self.density)}
+
+    @classmethod
+    def _fields(cls):
+        return super()._fields() - set(_UNSAVED)
 
 
 @dataclass
-class Density:
+class Density(Saved):
     """Spectral density by stochastic Lanczos quadrature: nodes and weights (summing to 1), averaged over ``probes``."""
 
     nodes: list
@@ -157,20 +167,12 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
     density = None
     if density_probes:
         density = _density(product, density_probes, density_steps, seed + 2, tell)
+    names = product.subject.names
     return Hessian(
-        values,
-        residuals,
-        taken,
-        converged,
-        mean,
-        stderr,
-        samples,
-        dict(zip(product.subject.names, means, strict=False)),
-        vectors,
-        product.subject.names,
-        product.count,
-        density,
-    )
+        eigenvalues=values, residuals=residuals, iterations=taken, converged=converged, trace=mean,
+        trace_stderr=stderr, trace_samples=samples, traces=dict(zip(names, means)), products=product.count,
+        density=density, eigenvectors=vectors, names=names,
+    )  # fmt: skip
 
 
 def spectral_density(model, loader, criterion=F.cross_entropy, probes=4, steps=40, *, weights="latent",

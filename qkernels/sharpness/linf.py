@@ -8,11 +8,12 @@ import torch.nn.functional as F
 
 from ..perturbation import perturb
 from .data import Data
+from .saved import Saved
 from .subject import Subject, check_at_least, check_choice, check_criterion
 
 
 @dataclass
-class LinfSharpness:
+class LinfSharpness(Saved):
     """loss: at the weights; worst: the largest found; difference of the two; keskar: 100 difference / (1 + loss).
 
     restart, step: where it was found (0, 0: the weights themselves). losses: per restart, the loss after

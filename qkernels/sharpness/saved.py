@@ -14,11 +14,15 @@ from .. import files
 class Saved:
     """A dataclass that is written as JSON and read back."""
 
+    def to_dict(self):
+        """What is written."""
+        return asdict(self)
+
     def to_json(self, path=None):
         """Write it, atomically, and return the path; without a path return the text."""
         if path is None:
-            return files.json_text(_finite(asdict(self)))
-        write_json(path, asdict(self))
+            return files.json_text(_finite(self.to_dict()))
+        write_json(path, self.to_dict())
         return path
 
     @classmethod
@@ -28,9 +32,13 @@ class Saved:
             values = json.loads(Path(path).read_text())
         except ValueError:
             values = None
-        if not isinstance(values, dict) or set(values) != set(cls.__dataclass_fields__):
+        if not isinstance(values, dict) or set(values) != cls._fields():
             raise ValueError(f"path must be the {cls.__name__} of a to_json, {path} is not")
         return cls(**values)
+
+    @classmethod
+    def _fields(cls):
+        return set(cls.__dataclass_fields__)
 
 
 def digest(tensors):
