@@ -57,7 +57,10 @@ struct Walk {
 
  private:
   void cut_runs() {
-    team = inner <= 128 ? 8 : inner <= 1024 ? 32 : kThreads;
+    // Two to four chunks of a short run for each thread: they are loaded together, and the row's numbers are few.
+    team = 2;
+    while (team < 32 && inner > 16 * team) team *= 2;
+    if (inner > 1024) team = kThreads;
     // Small tensors are spread over many multiprocessors; large ones leave few partial sums.
     unit = 2048;
     while (unit < 16384 && numel > unit * 1024) unit *= 2;
