@@ -155,11 +155,8 @@ def find_nvcc():
 def torch_cuda():
     """The major version of CUDA that the installed torch is built for, or None."""
     found = find_torch()
-    told = (
-        re.search(r"^cuda\b.*= '(\d+)\.", (found[0].parent / "version.py").read_text(), re.M)
-        if found
-        else None
-    )
+    text = (found[0].parent / "version.py").read_text() if found else ""
+    told = re.search(r"^cuda\b.*= '(\d+)\.", text, re.MULTILINE)
     return int(told[1]) if told else None
 
 

@@ -25,31 +25,10 @@ backend._force_from_environment()
 
 _LATER = ("bn_reestimate", "corruptions", "export", "models", "report", "sharpness", "sweep", "training")
 __all__ = [
-    *(
-        "QConfig",
-        "calibrate",
-        "convert_",
-        "dequantize",
-        "disabled",
-        "distill",
-        "fake_quantize",
-        "nn",
-        "noise",
-        "optim",
-    ),
-    *(
-        "pack",
-        "param_groups",
-        "perturb",
-        "perturbed",
-        "quantize",
-        "quantize_",
-        "summary",
-        "unpack",
-        "use_backend",
-    ),
+    "QConfig", "calibrate", "convert_", "dequantize", "disabled", "distill", "fake_quantize", "nn", "noise", "optim",
+    "pack", "param_groups", "perturb", "perturbed", "quantize", "quantize_", "summary", "unpack", "use_backend",
     *_LATER,
-]
+]  # fmt: skip
 
 
 def __getattr__(name):

@@ -85,7 +85,9 @@ __device__ __forceinline__ void store_chunk(S* p, const Chunk<S, width>& chunk, 
       } else if constexpr (sizeof(W) == 8) {
         __stwb(to + k, make_uint2(w[0], w[1]));
       } else {
-        memcpy(to + k, w, sizeof(W));
+        W word;
+        memcpy(&word, w, sizeof(W));
+        to[k] = word;
       }
     }
     return;
