@@ -101,6 +101,30 @@ def test_the_searches_settings_reach_them_and_are_remembered(tmp_path, monkeypat
     assert "over mean instead of worst, ball l2 instead of linf" in capsys.readouterr().err
 
 
+def test_the_trace_follows_the_epochs_that_were_kept(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shared = [
+        "--model",
+        "nin_d1_w1",
+        "--data",
+        "fake:3x8x8:4",
+        "--threads",
+        "1",
+        "--quiet",
+        "--out",
+        str(run),
+    ]
+    assert main(["train", "--recipe", "float", "--epochs", "5", "--keep-every", "2", *shared]) == 0
+    assert [path.name for path in sorted((run / "epochs").iterdir())] == [
+        "00002.safetensors",
+        "00004.safetensors",
+    ]
+    monkeypatch.setattr("qkernels.sharpness.measure_command.Run.kind", lambda *_: None)
+    assert main(["measure", str(run), "--figures", "--quick", "--batches", "1", "--quiet"]) == 0
+    figures = json.loads((run / "measures.json").read_text())["figures"]
+    assert [found["epochs"] for found in figures["hessian_trace"]["runs"].values()] == [[0, 2, 4, 5]]
+
+
 def test_every_result_is_written_and_read_back(tmp_path):
     torch.manual_seed(0)
     model, loader = torch.nn.Linear(6, 3), [(torch.randn(8, 6), torch.randint(3, (8,)))]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from ..convert import quantizers
 from ..corruptions import SEVERITIES
 from ..training import build, checkpoint, load_run
+from ..training.run import EPOCHS
 from .curvature import hessian
 from .figures import cosine_of_gradients, gradient_norms, hessian_trace_along, output_variance
 from .gaps import generalization, layer_table
@@ -239,12 +240,14 @@ class Run:
         return {name: asdict(values) for name, values in found.items()}
 
     def kept(self):
-        """(epoch, model) of the weights that the run kept: the first, the best, the last."""
+        """(epoch, model) of the weights that the run kept: the first, the best, the last, those of keep_every."""
         states = {}
         for folder in (self.out / "best", self.out / "selected", self.out / "checkpoint"):
             if checkpoint.latest(folder):
                 state, rest = checkpoint.load(folder)
                 states[rest.get("weights_epoch", rest["epoch"])] = state
+        for path in (self.out / EPOCHS).glob("*.safetensors"):
+            states[int(path.stem)] = checkpoint.load_model(path)
         initial = self.out / "initial.safetensors"
         if initial.exists():
             states[0] = checkpoint.load_model(initial)

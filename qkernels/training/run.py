@@ -40,6 +40,8 @@ FLAGS = (
     "channels_last",
 )
 
+EPOCHS = "epochs"  # the folder of the weights that keep_every keeps
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM ended a run at a step boundary; its checkpoint is complete. `signal` is the number."""
@@ -95,6 +97,13 @@ def add_arguments(parser):
     machine.add_argument(
         "--keep-best", action="store_true", help="also keep the epoch of best test accuracy, DIR/best"
     )
+    machine.add_argument(
+        "--keep-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also keep the weights of every Nth epoch, DIR/epochs",
+    )
     machine.add_argument("--quiet", action="store_true", help="print the result only")
     parser.add_argument("--list-recipes", action="store_true", help="name the recipes and exit")
 
@@ -124,9 +133,19 @@ def main(args):
             raise ValueError(
                 f"--image-size: is for folder:DIR; the images of {config['data']} have their own size"
             )
-    names = ("resume", "device", "threads", "workers", "deterministic", "tensorboard", "keep_best", "quiet")
+    names = (
+        "resume",
+        "device",
+        "threads",
+        "workers",
+        "deterministic",
+        "tensorboard",
+        "keep_best",
+        "keep_every",
+    )
     try:
-        result = train(config, args.out, **{name: getattr(args, name) for name in names})
+        options = {name: getattr(args, name) for name in names}
+        result = train(config, args.out, quiet=args.quiet, **options)
     except Interrupted as stop:
         say(f"qkernels: {stop}", quiet=distributed.rank() > 0)
         return 128 + stop.signal
@@ -148,12 +167,14 @@ def train(
     deterministic=False,
     tensorboard=False,
     keep_best=False,
+    keep_every=0,
     quiet=False,
 ):
     """Trains as `config` (of `make_config`) says and returns the result, as in `out/result.json`.
 
     A quantized run without `init` first trains the float network in `out/float`. Under `torchrun` every process calls
-    this, and only the first writes and returns the result (the others None).
+    this, and only the first writes and returns the result (the others None). ``keep_every`` n keeps the weights after
+    epochs n, 2 n, ... in `out/epochs`, which `qkernels measure --figures` follows; 0 keeps none.
 
     Raises:
         Diverged: the loss became infinite or NaN.
@@ -168,7 +189,7 @@ def train(
         )
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"out: {out} is not a folder")
-    check_machine(threads, workers, tensorboard)
+    check_machine(threads, workers, tensorboard, keep_every)
     if resume and (out / "result.json").exists():
         result = read_json(out / "result.json")
         say(f"{out}: this run is complete", quiet)
@@ -177,7 +198,8 @@ def train(
         torch.set_num_threads(threads)
     torch.backends.cudnn.deterministic = deterministic
     machine = {"device": distributed.start(distributed.find_device(device)), "workers": workers}
-    options = {"tensorboard": tensorboard, "keep_best": keep_best, "quiet": quiet or distributed.rank() > 0}
+    options = {"tensorboard": tensorboard, "keep_best": keep_best, "keep_every": keep_every}
+    options["quiet"] = quiet or distributed.rank() > 0
     data = _data(config, **machine)
     _seed(config["seed"])
     model = build.float_model(config, data)
@@ -202,9 +224,13 @@ def train(
         return _train_one(config, out, init, model, data, machine, options)
 
 
-def check_machine(threads=None, workers=0, tensorboard=False):
+def check_machine(threads=None, workers=0, tensorboard=False, keep_every=0):
     """Raises ValueError or ImportError for arguments of `train` that this machine cannot serve."""
-    for name, value, least in (("threads", threads, 1), ("workers", workers, 0)):
+    for name, value, least in (
+        ("threads", threads, 1),
+        ("workers", workers, 0),
+        ("keep_every", keep_every, 0),
+    ):
         if value is not None and value < least:
             raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
     if tensorboard:
@@ -285,14 +311,14 @@ def _train_one(config, out, init, model, data, machine, options):
         log = RunLog(out, config["epochs"], trainer.epoch, len(data.train), **shown)
         trainer.progress = log.step
     try:
-        _train_epochs(trainer, out, log, options["keep_best"], config["select"])
+        _train_epochs(trainer, out, log, options["keep_best"], config["select"], options["keep_every"])
     finally:
         if log is not None:
             log.close()
     return _finish(trainer, config, out, data)
 
 
-def _train_epochs(trainer, out, log, keep_best, select):
+def _train_epochs(trainer, out, log, keep_best, select, keep_every=0):
     with Interrupt() as interrupt:
         while trainer.epoch < trainer.epochs:
             record = trainer.train_epoch(stop=interrupt)
@@ -308,6 +334,10 @@ def _train_epochs(trainer, out, log, keep_best, select):
                     trainer.best_loss = record["train_loss"]
                     if select == "train_loss":
                         _save(out / "selected", trainer)
+                if log is not None and keep_every and trainer.epoch % keep_every == 0:
+                    (out / EPOCHS).mkdir(exist_ok=True)
+                    path = out / EPOCHS / f"{trainer.epoch:05d}.safetensors"
+                    checkpoint.save_tensors(path, trainer.model.state_dict())
             _save(out / "checkpoint", trainer)
             if record is None or (trainer.epoch < trainer.epochs and interrupt()):
                 raise Interrupted(interrupt.signal or signal.SIGINT, out)
