@@ -285,6 +285,24 @@ def test_quantized_recipes_train_and_reload(tmp_path, recipe):
     assert len(trained) > len(Tiny().state_dict())  # quantizers have state of their own
 
 
+def test_processes_have_the_same_weights_and_noise_of_their_own(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(build, "build_model", lambda *_: (seeds.append(torch.initial_seed()), Tiny())[1])
+    monkeypatch.setattr(run, "_train_epochs", lambda *_: seeds.append(torch.initial_seed()))
+    monkeypatch.setattr("qkernels.training.distributed.rank", lambda: 3)
+    monkeypatch.setattr("qkernels.training.distributed.world", lambda: 4)
+    train(make_config(**TINY, recipe="float", seed=5), tmp_path / "run", quiet=True)
+    assert seeds == [5, 8]
+
+
+def test_the_teacher_is_in_evaluation(tmp_path, monkeypatch):
+    teachers, loss = [], build.loss
+    monkeypatch.setattr(build, "loss", lambda *args: (teachers.append(args[2]), loss(*args))[1])
+    train(make_config(**TINY, recipe="kd", float_epochs=1), tmp_path / "run", quiet=True)
+    assert not teachers[-1].training
+    assert_same(dict(teachers[-1].state_dict()), checkpoint.load_model(tmp_path / "run" / "float"))
+
+
 MAIN = """
 import os, sys
 from pathlib import Path

@@ -1,6 +1,7 @@
 """The training loop: exact resume, and errors that say what is wrong."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -66,12 +67,31 @@ def test_accumulated_batches_are_one_large_batch():
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["train_acc"] == b["train_acc"]
 
 
-def test_gradient_clipping_bounds_the_step():
-    run = trainer(lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad_norm=0.01, schedule="constant")
+@pytest.mark.parametrize("sizes", [[16, 8], [8, 16]])
+def test_accumulated_batches_of_unequal_size_are_one_large_batch(sizes):
+    x, y = torch.randn(24, 3, 8, 8), torch.arange(24) % 4
+
+    class Batches(list):
+        def set_epoch(self, epoch, start_batch=0):
+            pass
+
+    parts, whole = (trainer(model=Tiny(bn=False), accumulate=n) for n in (2, 1))
+    whole.model.load_state_dict(parts.model.state_dict())
+    for run, split in ((parts, sizes), (whole, [24])):
+        run.data = types.SimpleNamespace(train=Batches(zip(x.split(split), y.split(split))))
+        run.train_epoch()
+    for p, q in zip(parts.model.parameters(), whole.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("amp, error", [("none", 1e-3), ("fp16", 1e-2)])
+def test_gradient_clipping_bounds_the_step(amp, error):
+    settings = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    run = trainer(amp=amp, clip_grad_norm=0.01, **settings)
     before = [p.clone() for p in run.model.parameters()]
     run.train_epoch(stop_after(1))
     moved = math.sqrt(sum((p - q).square().sum().item() for p, q in zip(run.model.parameters(), before)))
-    assert moved == pytest.approx(0.01, rel=1e-3)
+    assert moved == pytest.approx(0.01, rel=error)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -88,6 +108,13 @@ def test_mixed_precision_trains(amp):
     assert losses[2] < 0.8 * losses[0]
     assert bool(run.state_dict()["scaler"]) == (amp == "fp16")
     assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_evaluation_computes_in_the_precision_of_training():
+    run, seen = trainer(amp="bf16"), set()
+    run.model.fc.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
+    run.evaluate(run.data.test)
+    assert seen == {torch.bfloat16}
 
 
 class TwoPasses:
@@ -179,11 +206,51 @@ def test_learning_rate_schedules():
         lr_schedule("step", epochs=200, milestones=[100])
 
 
+def test_a_cosine_schedule_moves_within_an_epoch():
+    seen = []
+    run = trainer(lr=0.1, progress=lambda t: seen.append(t.optimizer.param_groups[0]["lr"]))
+    run.train_epoch()
+    assert seen == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 32)) for i in range(16)])
+
+
+def test_a_schedule_keeps_the_ratios_of_the_rates():
+    run = trainer("lsq", lr=0.1)
+    run.optimizer.param_groups[1]["initial_lr"] = 0.01
+    run.train_epoch(stop_after(3))
+    first, second = (group["lr"] for group in run.optimizer.param_groups[:2])
+    assert second == pytest.approx(first / 10)
+
+
 def test_trainer_arguments():
     with pytest.raises(ValueError, match="amp: 'fp8' is not one of none, bf16, fp16"):
         Trainer(Tiny(), None, None, None, epochs=1, lr_factor=None, amp="fp8")
     with pytest.raises(ValueError, match="accumulate: 0 is not a positive number"):
         Trainer(Tiny(), None, None, None, epochs=1, lr_factor=None, accumulate=0)
+
+
+def test_the_best_and_the_loss_scale_survive_a_resume():
+    run, again = (trainer(amp="fp16") for _ in "ab")
+    run.best_acc, run.best_loss = 0.75, 0.125
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    run.train_epoch(stop_after(1))
+    again.load_state_dict(run.state_dict())
+    assert (again.best_acc, again.best_loss, again.scaler.get_scale()) == (0.75, 0.125, 8.0)
+
+
+def test_seconds_before_a_stop_count():
+    run = trainer()
+    run.train_epoch(stop_after(2))
+    run.seconds = 1000.0
+    assert run.train_epoch()["seconds"] > 1000
+
+
+def test_a_sharpness_aware_optimizer_knows_the_parallel_model(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/g", rank=0, world_size=1)
+    try:
+        run = trainer("sam")
+        assert run.optimizer.model is run.parallel is not None
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_another_number_of_processes_cannot_continue():
@@ -223,3 +290,10 @@ def test_bn_reestimate_is_the_mean_over_batches():
         model.bn.running_mean.zero_()
         bn_reestimate(model, again, iterations=3)
         torch.testing.assert_close(model.bn.running_mean, statistics)
+
+
+def test_reestimated_statistics_are_without_dropout():
+    model, x = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3)).train(), torch.randn(64, 3) + 2
+    bn_reestimate(model, [x], 1)
+    torch.testing.assert_close(model[1].running_mean, x.mean(0))
+    torch.testing.assert_close(model[1].running_var, x.var(0))
