@@ -67,6 +67,17 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    # As `qkernels.training.distributed.start` does: the group's threads would outlive it else.
+    from torch.distributed import nn  # noqa: F401
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/g", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def missing(monkeypatch):
     """Function that makes the import of a package fail."""
     real = builtins.__import__

@@ -13,6 +13,7 @@ from torch import nn
 from qkernels import cli
 from qkernels.sharpness import measure_command
 from qkernels.training import build, checkpoint, load_run, make_config, train
+from qkernels.training.config import float_config
 from qkernels.training.log import RunLog
 from qkernels.training.recipe import available_recipes, load_recipe, parse_assignment
 
@@ -156,6 +157,13 @@ def test_batchnorm_is_re_estimated_for_mobilenet_alone():
     )
 
 
+def test_the_float_start_has_the_seed_and_the_images_of_the_run():
+    same = {"model": "nin_d1_w1", "data": "fake:3x8x8:4", "seed": 5}
+    same |= {"image_size": 96, "batch_size": 17, "augment": False}
+    start = float_config(make_config(recipe="lsq", float_epochs=3, **same))
+    assert start == {**start, **same, "epochs": 3, "recipe": "float"}
+
+
 def test_assignments():
     assert parse_assignment("lr=0.5") == ("lr", 0.5)
     assert parse_assignment("milestones=[0.5, 0.75]") == ("milestones", [0.5, 0.75])
@@ -192,6 +200,24 @@ def test_logit_distillation_loss():
         with pytest.raises(ValueError, match=message):
             build.loss(config, None, teacher)
             build.optimizer(Tiny(), {**config, "method": ""})
+
+
+def test_label_smoothing_reaches_the_loss():
+    y, target = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    got = build.loss(make_config(**TINY, recipe="lsq", label_smoothing=0.2), None, None)(y, target, None)
+    torch.testing.assert_close(got, nn.functional.cross_entropy(y, target, label_smoothing=0.2))
+
+
+def test_feature_distillation_has_its_weight():
+    x, target, teacher = torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 3, 0]), Tiny(bn=False).eval()
+    student, losses = build.quantize(Tiny(bn=False), make_config(**TINY, recipe="lsq")), []
+    for weight in (0.0, 0.1, 0.2):
+        config = make_config(**TINY, recipe="fpq", **{"distill.weight": weight})
+        losses.append(build.loss(config, student, teacher)(student(x), target, x).item())
+    assert (
+        losses[2] - losses[0] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-3)
+        and losses[1] > losses[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,6 +295,13 @@ def test_layers_of_their_own_bits():
 def test_optimizers(name, kind):
     config = make_config(**{**TINY, "recipe": "lsq", "optimizer": name})
     assert type(build.optimizer(build.quantize(Tiny(), config), config)) is getattr(torch.optim, kind)
+
+
+def test_settings_reach_the_optimizer():
+    sgd = build.optimizer(Tiny(), make_config(**TINY, recipe="float", momentum=0.7, nesterov=True))
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.7, True)
+    adam = build.optimizer(Tiny(), make_config(**TINY, recipe="float", optimizer="adamw", betas=[0.8, 0.95]))
+    assert adam.defaults["betas"] == (0.8, 0.95)
 
 
 def test_clipping_with_two_passes_bounds_what_they_add_up_to():

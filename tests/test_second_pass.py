@@ -1,10 +1,12 @@
 """The perturbed copies that change places with the weights, and what a step remembers of them."""
 
+import copy
 import weakref
 
 import pytest
 import torch
-from stepping import base_of, batches, closure_of, equal, network, train
+import torch.nn.functional as F
+from stepping import base_of, batches, close, closure_of, equal, network, train
 from torch import nn
 
 import qkernels as qk
@@ -105,6 +107,13 @@ def test_normalisation_layers_that_come_and_go_are_found():
     assert net[0][0].track_running_stats and net[4].track_running_stats
 
 
+def test_a_layer_that_does_not_track_stays_so():
+    net = network()
+    net[0].track_running_stats = False
+    train(net, qk.optim.SAM(net, base_of("sgd", net.parameters())), batches(1))
+    assert net[0].track_running_stats is False
+
+
 class Watched(nn.BatchNorm1d):
     """The setting as a property, as a subclass may have it."""
 
@@ -137,6 +146,48 @@ def test_the_first_gradients_are_released_before_the_second_pass():
     alive = []
     optimizer.step(closure)
     assert len(seen) == 2 and seen[1] and not any(seen[1])
+
+
+def test_gradients_that_lie_in_buckets_are_kept_for_the_second_pass(one_process):
+    alone, net = (network(torch.float64, norm=False) for _ in "ab")
+    parallel = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    for model in (alone, parallel):
+        base = base_of("sgd", model.parameters())
+        optimizer = qk.optim.SAM(model, base, rho=0.1, vanilla_loss=True, sync_perturbation=True)
+        train(model, optimizer, batches(4, torch.float64))
+    close(alone, net, 1e-9)
+
+
+def test_clipping_is_of_the_unscaled_gradient():
+    net, ((x, y),) = network(), batches(1)
+    optimizer = qk.optim.SAM(net, torch.optim.SGD(net.parameters(), lr=1.0), max_norm=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        scaler.scale(loss).backward()
+        return loss
+
+    optimizer.step(closure, scaler)
+    moved = torch.cat([(p - b).flatten() for p, b in zip(net.parameters(), before)]).norm().item()
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_loaded_state_replaces_the_direction_of_before():
+    def optimizer_of(net):
+        return qk.optim.SAM(net, base_of("sgd", net.parameters()), rho=0.1, every=4)
+
+    source, new, used = (network(torch.float64) for _ in "abc")
+    first, *others = (optimizer_of(net) for net in (source, new, used))
+    train(source, first, batches(5, torch.float64))
+    train(used, others[1], batches(10, torch.float64)[5:])
+    for net, optimizer in zip((new, used), others):
+        net.load_state_dict(source.state_dict())
+        optimizer.load_state_dict(copy.deepcopy(first.state_dict()))
+        train(net, optimizer, batches(2, torch.float64))
+    assert equal(new, used)
 
 
 @pytest.mark.parametrize("at", range(1, 9))

@@ -244,13 +244,9 @@ def test_seconds_before_a_stop_count():
     assert run.train_epoch()["seconds"] > 1000
 
 
-def test_a_sharpness_aware_optimizer_knows_the_parallel_model(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/g", rank=0, world_size=1)
-    try:
-        run = trainer("sam")
-        assert run.optimizer.model is run.parallel is not None
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_sharpness_aware_optimizer_knows_the_parallel_model(one_process):
+    run = trainer("sam")
+    assert run.optimizer.model is run.parallel is not None
 
 
 def test_another_number_of_processes_cannot_continue():
