@@ -24,11 +24,15 @@ def quantize_(model, config=None, **settings):
     sizes: make it after, of ``param_groups``. Weight step sizes start from the weights, activation step sizes from
     ``calibrate`` or the first training batch. Returns the model (a new module only where the model itself is a layer).
     One warning names the layers with weights that stay in floating point and are not excluded. ValueError: nothing to
-    quantize, already quantized, an unknown name in exclude or overrides.
+    quantize, already quantized, in DistributedDataParallel already, an unknown name in exclude or overrides.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, QConfig | None):
         got = f"{type(model).__name__} and {type(config).__name__}"
         raise TypeError(f"model must be an nn.Module and config a QConfig or None, got {got}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model is in DistributedDataParallel already, which would not know the step sizes: quantize_, then wrap"
+        )
     if config is not None and settings:
         raise ValueError(f"give config or settings, not both; got {config} and {', '.join(settings)}")
     config = config or QConfig(**settings)

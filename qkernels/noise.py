@@ -1,4 +1,7 @@
-"""Noise inside the quantizer: what a user passes as ``noise=``. The kernels know it by (kind, a, b)."""
+"""Noise inside the quantizer: what a user passes as ``noise=``. The kernels know it by (kind, a, b).
+
+A layer's noise follows from torch's generator (seeds.py): processes with the same torch.manual_seed draw the same.
+"""
 
 import math
 from dataclasses import dataclass

@@ -193,7 +193,8 @@ class Quantizer(nn.Module):
         bits, signed = _decoded(int(self.state))
         if bits not in (None, self.bits):
             warnings.warn(
-                f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for: they start anew",
+                f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for, for {self._description()}: "
+                "they start anew",
                 stacklevel=2,
             )
             self.state.zero_()

@@ -239,6 +239,12 @@ class CustomWeight(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, 3))
 
 
+def test_a_model_in_ddp_is_refused(one_process):
+    """Its buckets would lack the step sizes, which then differ between processes."""
+    with pytest.raises(ValueError, match="in DistributedDataParallel already.*: quantize_, then wrap"):
+        qk.quantize_(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)))
+
+
 @pytest.mark.parametrize(
     "make, said",
     [

@@ -364,6 +364,15 @@ def test_frozen_quantized_weights_are_told_from_none():
         qk.optim.SAQ(net, base)
 
 
+def test_what_has_no_weights_to_perturb_is_told_apart():
+    net = qk.quantize_(network(), weight_bits=None)
+    with pytest.raises(ValueError, match="quantized weights: only its activations are"):
+        qk.optim.SAQ(net, base_of("sgd", net.parameters()))
+    net = qk.convert_(qk.quantize_(network(), act_bits=None))
+    with pytest.raises(ValueError, match="quantized weights: convert_ has made integers of them"):
+        qk.optim.SAQ(net, base_of("sgd", net.parameters()))
+
+
 def test_a_layer_that_saq_does_not_know_is_told():
     net = qk.quantize_(network(), act_bits=None)
     optimizer = qk.optim.SAQ(net, base_of("sgd", net.parameters()), every=1)

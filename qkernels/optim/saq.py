@@ -4,6 +4,7 @@ import weakref
 
 import torch
 
+from .. import nn as qnn
 from .. import quantizers
 from ..wrapped import check_parameter
 from . import lists
@@ -55,9 +56,7 @@ class SAQ(SAM):
         )
         self.case = case
         if case != 2 and not self._quantized():
-            frozen = self._quantized(frozen=True)
-            what = " that learn: all are frozen" if frozen else ": call qk.quantize_(model) first"
-            raise ValueError(f"case {case} needs a model with quantized weights{what}")
+            raise ValueError(f"case {case} needs a model with quantized weights{self._why_none()}")
         if case == 3:
             # Of frozen layers as well, which may learn later.
             self._captures = {layer: _Capture() for layer in self._quantized(frozen=True)}
@@ -65,6 +64,16 @@ class SAQ(SAM):
                 layer.weight_quantizer.listeners.append(capture)
                 weakref.finalize(self, _unsubscribe, weakref.ref(layer.weight_quantizer), capture)
         self._ready()
+
+    def _why_none(self):
+        if self._quantized(frozen=True):
+            return " that learn: all are frozen"
+        layers = [m for m in self.model.modules() if isinstance(m, qnn._Quantized)]
+        if any(isinstance(m.weight_quantizer, qnn.IntegerWeight) for m in layers):
+            return ": convert_ has made integers of them"
+        if any(m.input_quantizer is not None for m in layers):
+            return ": only its activations are (weight_bits=None)"
+        return ": call qk.quantize_(model) first"
 
     def _quantized(self, frozen=False):
         """The layers whose quantized weight is perturbed; ``frozen``: also those that do not learn."""
