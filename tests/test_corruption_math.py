@@ -84,6 +84,23 @@ def test_defocus_is_a_convolution_with_a_smoothed_disk():
     assert np.allclose(filters.disk(1, 0.01)[1:4, 1:4], plus)
 
 
+def test_a_large_disk_is_smoothed_over_five_pixels():
+    at, weights = np.arange(-10, 11), np.exp(-0.5 * (np.arange(-2, 3) / 0.5) ** 2)
+    disk = np.pad((at[:, None] ** 2 + at**2 <= 100).astype(float), 2)
+    expected = ndimage.correlate(disk / disk.sum(), np.outer(weights, weights) / weights.sum() ** 2)
+    np.testing.assert_allclose(filters.disk(10, 0.5)[2:-2, 2:-2], expected[2:-2, 2:-2], atol=1e-12)
+
+
+def test_glass_blur_blurs_before_and_after_the_walk():
+    class Still:
+        def integers(self, low, high, shape):
+            return np.zeros(shape, int)
+
+    x = np.random.default_rng(0).random((1, 1, 16, 16), np.float32)
+    twice = filters.gaussian_blur(filters.gaussian_blur(x, 0.7), 0.7)
+    np.testing.assert_allclose(applied.glass_blur(x, [Still()], 0.7, 1, 2), twice, rtol=1e-5)
+
+
 def test_glass_blur_is_the_sequential_walk(monkeypatch):
     x = np.random.default_rng(3).random((2, 1, 20, 24), dtype=np.float32)
     monkeypatch.setattr(filters, "gaussian_blur", lambda x, sigma: x)
@@ -115,6 +132,14 @@ def test_motion_blur_runs_along_the_angle():
     assert np.allclose(out.sum(axis=(1, 2, 3)), 1, atol=1e-6)
     flat = np.full((1, 3, 12, 12), 0.3, np.float32)
     assert np.allclose(filters.motion_blur(flat, 20, 15, np.array([33.0])), flat, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, low, high", [("motion_blur", -45, 45), ("snow", -135, -45)])
+def test_angles_come_from_the_published_range(monkeypatch, name, low, high):
+    angles, blur = [], filters.motion_blur
+    monkeypatch.setattr(filters, "motion_blur", lambda *args: (angles.extend(args[3]), blur(*args))[1])
+    corrupt(np.full((400, 1, 8, 8), 0.5, np.float32), name, 3)
+    assert low <= min(angles) < low + 5 and high - 5 < max(angles) <= high
 
 
 def test_brightness_raises_the_hsv_value():

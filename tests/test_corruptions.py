@@ -130,34 +130,43 @@ def test_strided_bfloat16_and_double_inputs(batches):
 # ---- the published constants
 
 
-@pytest.mark.parametrize(
-    "name, cifar, imagenet",
-    [
-        ("gaussian_noise", [0.04, 0.06, 0.08, 0.09, 0.10], [0.08, 0.12, 0.18, 0.26, 0.38]),
-        ("shot_noise", [500, 250, 100, 75, 50], [60, 25, 12, 5, 3]),
-        ("impulse_noise", [0.01, 0.02, 0.03, 0.05, 0.07], [0.03, 0.06, 0.09, 0.17, 0.27]),
-        ("brightness", [0.05, 0.1, 0.15, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]),
-        ("contrast", [0.75, 0.5, 0.4, 0.3, 0.15], [0.4, 0.3, 0.2, 0.1, 0.05]),
-        ("pixelate", [0.95, 0.9, 0.85, 0.75, 0.65], [0.6, 0.5, 0.4, 0.3, 0.25]),
-        ("jpeg_compression", [80, 65, 58, 50, 40], [25, 18, 15, 10, 7]),
-    ],
-)
-def test_published_scalars(name, cifar, imagenet):
-    assert [parameters(name, s, 32, 32) for s in SEVERITIES] == [(c,) for c in cifar]
-    assert [parameters(name, s, 224, 224) for s in SEVERITIES] == [(c,) for c in imagenet]
+# fmt: off
+PUBLISHED = {  # of make_cifar_c.py, of make_imagenet_c.py
+    "gaussian_noise": ([0.04, 0.06, 0.08, 0.09, 0.10], [0.08, 0.12, 0.18, 0.26, 0.38]),
+    "shot_noise": ([500, 250, 100, 75, 50], [60, 25, 12, 5, 3]),
+    "impulse_noise": ([0.01, 0.02, 0.03, 0.05, 0.07], [0.03, 0.06, 0.09, 0.17, 0.27]),
+    "defocus_blur": ([(0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)],
+                     [(3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)]),
+    "glass_blur": ([(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)],
+                   [(0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)]),
+    "motion_blur": ([(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
+                    [(10, 3), (15, 5), (15, 8), (15, 12), (20, 15)]),
+    "zoom_blur": ([(1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)],
+                  [(1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)]),
+    "snow": ([(0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
+              (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)],
+             [(0.1, 0.3, 3, 0.5, 10, 4, 0.8), (0.2, 0.3, 2, 0.5, 12, 4, 0.7), (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
+              (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65), (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)]),
+    "frost": ([(1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)],
+              [(1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75)]),
+    "fog": ([(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)],
+            [(1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)]),
+    "brightness": ([0.05, 0.1, 0.15, 0.2, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5]),
+    "contrast": ([0.75, 0.5, 0.4, 0.3, 0.15], [0.4, 0.3, 0.2, 0.1, 0.05]),
+    "elastic_transform": ([(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)],
+                          [(2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02)]),
+    "pixelate": ([0.95, 0.9, 0.85, 0.75, 0.65], [0.6, 0.5, 0.4, 0.3, 0.25]),
+    "jpeg_compression": ([80, 65, 58, 50, 40], [25, 18, 15, 10, 7]),
+}
+# fmt: on
 
 
-def test_published_tuples():
-    assert parameters("glass_blur", 4, 32, 32) == (0.25, 1, 2)
-    assert parameters("glass_blur", 5, 224, 224) == (1.5, 4, 2)
-    assert parameters("motion_blur", 5, 32, 32) == (9, 2.5)
-    assert parameters("motion_blur", 5, 224, 224) == (20, 15)
-    assert parameters("snow", 3, 32, 32) == (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9)
-    assert parameters("snow", 5, 224, 224) == (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55)
-    assert parameters("frost", 5, 32, 32) == (0.75, 0.45)
-    assert parameters("fog", 3, 224, 224) == (2.5, 1.7)
-    assert parameters("defocus_blur", 5, 224, 224) == (10, 0.5)
-    assert parameters("elastic_transform", 1, 224, 224) == pytest.approx((488, 170.8, 24.4))
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_published_constants(name):
+    for side, unit, published in zip((32, 224), (32, 244), PUBLISHED[name]):
+        unit = unit if name == "elastic_transform" else 1
+        expected = [tuple(unit * v for v in (row if type(row) is tuple else (row,))) for row in published]
+        assert [parameters(name, severity, side, side) for severity in SEVERITIES] == expected
 
 
 def test_the_shorter_side_chooses_the_constants():

@@ -10,6 +10,7 @@ import torch
 from loading import batches, same
 
 from qkernels.training.data import build_data
+from qkernels.training.folder import centre_box, random_box
 
 
 def write_folder(root, per_class=3):
@@ -81,6 +82,31 @@ def test_folder_without_augmentation_shows_the_whole_centre(tmp_path):
     assert {r.numpy().tobytes() for r in x} == {
         r.numpy().tobytes() for r in plain
     } and target.sum() == labels.sum()
+
+
+def test_folder_images_are_cropped_and_mirrored_anew_in_every_epoch(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    pixels = np.add.outer(2 * np.arange(64), 2 * np.arange(64)).astype(np.uint8)
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / split / "a" / "0.png")
+    loader = build_data(f"folder:{tmp_path}", 1, image_size=16, workers=0).train
+    seen = torch.cat([batches(loader, epoch)[0][0] for epoch in range(100)])
+    assert len(seen.unique(dim=0)) > 90
+    assert 0.3 < (seen[:, 0, 8, 0] > seen[:, 0, 8, -1]).float().mean() < 0.7
+
+
+def test_random_boxes_have_inceptions_areas_ratios_and_places():
+    rng, (width, height) = np.random.default_rng(0), (400, 300)
+    left, top, right, bottom = np.array([random_box(width, height, rng) for _ in range(2000)], float).T
+    area, ratio = (right - left) * (bottom - top) / (width * height), (right - left) / (bottom - top)
+    assert 0.08 * 0.97 < area.min() < 0.1 and area.max() > 0.8
+    assert 0.74 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.35
+    assert 0 <= left.min() and 0 <= top.min() and right.max() <= width and bottom.max() <= height
+    small = area < 0.2
+    assert left[small].min() < 30 and right[small].max() > width - 30
+    assert top[small].min() < 20 and bottom[small].max() > height - 20
+    assert centre_box(width, height) == (68.75, 18.75, 331.25, 281.25)
 
 
 def test_folder_errors_are_named(tmp_path, missing):

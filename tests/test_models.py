@@ -122,6 +122,56 @@ def test_block_is_the_papers_formula():
     assert torch.equal(block(x), torch.relu(y + block.downsample(x)))
 
 
+def test_inverted_residuals_add_their_input():
+    torch.manual_seed(0)
+    for block in build_model("mobilenet_v2", 3).eval().features[1:-1]:
+        x = torch.randn(1, block.conv[0][0].in_channels, 4, 4)
+        y = block.conv(x)
+        torch.testing.assert_close(block(x), x + y if x.shape == y.shape else y)
+
+
+def test_a_pre_activation_network_ends_in_a_relu():
+    torch.manual_seed(0)
+    model, seen = build_model("preact_resnet20", 3).eval(), []
+    model.bn1.register_forward_hook(lambda module, x, y: seen.append(y))
+    y = model(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(y, model.fc(torch.relu(seen[0]).mean((2, 3))))
+
+
+def test_vit_is_the_papers_formula():
+    torch.manual_seed(0)
+    model, x = build_model("vit_tiny", 5, 1, 8).eval(), torch.randn(2, 1, 8, 8)
+    t = torch.cat([model.cls_token.expand(2, -1, -1), model.patch_embed(x)], 1) + model.pos_embed
+    for block in model.blocks:
+        heads = []
+        for part in block.attn.qkv(block.norm1(t)).view(2, -1, 3, 3, 64).unbind(3):
+            q, k, v = part.unbind(2)
+            heads.append(torch.softmax(q @ k.mT / 8.0, -1) @ v)
+        t = t + block.attn.proj(torch.cat(heads, -1))
+        t = t + block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(block.norm2(t))))
+    torch.testing.assert_close(model(x), model.head(model.norm(t)[:, 0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, strides",
+    [
+        ("mobilenet_v1", [2, 1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]),
+        ("mobilenet_v2", [2, 1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1]),
+        ("resnet50", [1] * 3 + [2, 1, 1, 1] + [2, 1, 1, 1, 1, 1] + [2, 1, 1]),  # torchvision's, "v1.5"
+    ],
+)
+def test_images_shrink_in_the_published_layers(name, strides):
+    convs = [m for m in build_meta(name, 10, image_size=224).modules() if isinstance(m, nn.Conv2d)]
+    assert [m.stride[0] for m in convs if m.kernel_size == (3, 3)] == strides
+
+
+def test_activations_and_heads_are_the_published_ones():
+    kinds = [type(m) for m in build_meta("mobilenet_v2", 10).modules()]
+    assert kinds.count(nn.ReLU6) == 35 and nn.ReLU not in kinds
+    assert [type(m) for m in build_meta("vgg19", 10).modules()].count(nn.ReLU) == 16
+    assert [block.attn.heads for block in build_meta("vit_tiny", 10).blocks] == [3] * 6
+
+
 def test_attribute_names_are_the_published_ones():
     assert {"conv1.weight", "layer2.0.downsample.1.running_var", "fc.bias"} <= set(
         build_meta("resnet18", 9).state_dict()
