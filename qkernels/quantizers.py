@@ -13,6 +13,7 @@ from torch import nn
 from . import noise as noises
 from . import ops
 from .observe import Statistics
+from .seeds import draw
 
 
 class Quantizer(nn.Module):
@@ -178,7 +179,7 @@ class Quantizer(nn.Module):
     def _noise(self, x):
         if self.noise is None or not self.training:
             return {}
-        seed = self.seeds.current(x) if self.seeds is not None else torch.ops.qkernels.draw_seed(x)
+        seed = self.seeds.current(x) if self.seeds is not None else draw(x)
         return {"noise": self.noise, "seed": seed, "stream": self.stream}
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):

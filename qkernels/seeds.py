@@ -5,6 +5,11 @@ import warnings
 import torch
 
 
+def draw(like):
+    """A new seed on the device of ``like``: one for all that vmap computes together; their noise differs."""
+    return torch.ops.qkernels.draw_seed(torch.empty(0, device=like.device))
+
+
 class SeedSource:
     """The seed of this step, one draw for a whole model; layers differ by their stream.
 
@@ -24,7 +29,7 @@ class SeedSource:
         return {**self.__dict__, "past": {}}
 
     def begin(self, module, args):
-        self.seed = torch.ops.qkernels.draw_seed(next(module.parameters())) if module.training else None
+        self.seed = draw(next(module.parameters())) if module.training else None
         self.held = True
 
     def end(self, module, args, output):
@@ -38,7 +43,7 @@ class SeedSource:
             place = _generator_state(x.device)
             if place in self.past:
                 seed = self.past[place]
-                return torch.ops.qkernels.draw_seed(x) if seed is None else seed
+                return draw(x) if seed is None else seed
             if self.forgotten and place is not None:
                 warnings.warn(
                     "noise is computed again long after its forward, whose seed may be forgotten: "
@@ -51,7 +56,7 @@ class SeedSource:
             self._remember(_generator_state(x.device), None if drawn else self.seed)
         if not drawn:
             return self.seed
-        seed = torch.ops.qkernels.draw_seed(x)
+        seed = draw(x)
         self.seed = None if own else seed
         return seed
 

@@ -158,6 +158,23 @@ def test_checkpointing_a_part_in_training_draws_again(reentrant):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_stacked_models_draw_their_own_noise():
+    models = []
+    for _ in range(3):
+        models.append(
+            qk.quantize_(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), method="noise_tempering")
+        )
+        qk.calibrate(models[-1], [torch.ones(4, 6)]).load_state_dict(models[0].state_dict())
+    stacked, x = torch.func.stack_module_state([m.train() for m in models]), torch.randn(5, 6)
+    torch.manual_seed(1)
+    y = torch.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))(*stacked)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y[0], models[0](x))
+    assert len({tuple(each.flatten().tolist()) for each in y}) == 3
+    y.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in stacked[0].values())
+
+
 def test_seeds_of_forwards_long_ago(monkeypatch):
     monkeypatch.setattr("qkernels.seeds._PLACES", 3)
     model = qk.quantize_(Dropped(), weight_noise=qk.noise.Pseudo(), act_bits=None).train()
