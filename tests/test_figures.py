@@ -174,6 +174,15 @@ def test_cosine_is_that_of_the_two_gradients(layer, case):
     assert found.mean == pytest.approx(sum(found.cosine) / 2)
 
 
+def test_the_cosine_of_a_noisy_network_repeats_and_draws_nothing_else():
+    loader = batches(20, 12)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.3), nn.Linear(8, 3))
+    model = qk.calibrate(qk.quantize_(model, method="noise_tempering"), loader, 2)
+    before = torch.get_rng_state()
+    found = [sharpness.cosine_of_gradients(model, loader, seed=seed).cosine for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), before) and found[0] == found[1] != found[2]
+
+
 def test_cosine_of_a_float_model_and_of_a_small_radius(net):
     model, loader = net
     floats = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))

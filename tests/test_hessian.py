@@ -145,6 +145,15 @@ def test_residuals_are_those_of_a_product():
     assert math.sqrt(curvature._dot(off, off)) == pytest.approx(found.residuals[0], rel=1e-2, abs=1e-6)
 
 
+def test_an_eigenvalue_is_known_to_its_own_scale():
+    """Six of them after eight products: one is known to a tenth of the largest, and not of itself."""
+    torch.manual_seed(0)
+    found = sharpness.hessian(*tiny(None), top=6, trace_samples=0, iterations=8, tolerance=0.1)
+    pairs = list(zip(found.eigenvalues, found.residuals))
+    assert found.converged == [r <= 0.1 * abs(value) for value, r in pairs]
+    assert not all(found.converged) and all(r <= 0.1 * abs(found.eigenvalues[0]) for _, r in pairs)
+
+
 def test_eigenvalues_of_a_hessian_of_low_rank():
     """Two images: two eigenvalues of a linear regression, the others zero."""
     model, x = nn.Linear(6, 1, bias=False), torch.randn(2, 6)

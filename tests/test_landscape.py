@@ -9,14 +9,18 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from torch import nn
 from torch.func import functional_call
 
 import qkernels as qk
 from qkernels import sharpness
 from qkernels.cli import main
+from qkernels.corruptions import corrupt
+from qkernels.models import build_model
 from qkernels.random import normal
 from qkernels.training import load_run, make_config, train
+from qkernels.training.data import build_data
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,18 @@ def test_given_directions_are_taken_as_they_are(tmp_path):
             sharpness.landscape(a, data, size=3, dimensions=1, directions=wrong)
 
 
+def test_the_picture_has_the_first_direction_across(net, tmp_path, monkeypatch):
+    drawn, contour = [], Axes.contour
+    monkeypatch.setattr(
+        Axes, "contour", lambda *args, **how: (drawn.extend(args[1:]), contour(*args, **how))[1]
+    )
+    found = sharpness.landscape(*net, size=3)
+    found.plot(tmp_path / "landscape.png")
+    first, second, loss = (torch.from_numpy(t).tolist() for t in drawn)
+    assert first == [[at] * 3 for at in found.at] and second == [found.at] * 3
+    assert loss == [[min(v, max(map(max, loss))) for v in row] for row in found.loss]
+
+
 def test_one_point_is_no_picture(net, tmp_path):
     with pytest.raises(ValueError, match="a picture needs a landscape of size >= 2, got size 1"):
         sharpness.landscape(*net, size=1).plot(tmp_path / "landscape.png")
@@ -181,6 +197,17 @@ def test_generalization_under_corruption(run_dir):
         sharpness.generalization(model, data, ("fog",), (6,))
 
 
+@pytest.mark.parametrize("spec, peak", [("digits", 16.0), ("fake:3x8x8:4", 255.0)])
+def test_corruptions_are_of_the_pixels_by_their_index(spec, peak):
+    data = build_data(spec, 50)
+    test, model = data.test, build_model("nin_d1_w1", data.num_classes, data.in_channels, 8).eval()
+    found = sharpness.generalization(model, data, ("gaussian_noise",), (3,), seed=7)
+    x = peak * corrupt(test.images.float() / peak, "gaussian_noise", 3, seed=7)
+    with torch.no_grad():
+        loss = F.cross_entropy(model((x - test.mean) / test.std), test.targets).item()
+    assert found["corrupted"]["gaussian_noise"]["3"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "shape, target", [((6, 4, 5, 5), (6, 5, 5)), ((6, 7, 4), (6, 7)), ((6, 4), (6,)), ((6, 3), None)]
 )
@@ -217,6 +244,13 @@ def test_layer_table(run_dir):
     assert 0 < row["mean_error"] < row["weight_step"]
 
 
+def test_the_error_is_that_of_the_standardised_weight():
+    (layer,) = qk.quantize_(nn.Sequential(nn.Conv2d(3, 8, 3)), method="saq", act_bits=None)
+    (row,) = sharpness.layer_table(layer)
+    w = (layer.weight - layer.weight.mean()) / layer.weight.std()
+    assert row["mean_error"] == pytest.approx((layer.quantized_weight() - w).abs().mean().item(), rel=1e-4)
+
+
 def test_layer_table_of_a_float_network():
     """The norms of QGen's table 2 are compared with those of the float network."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Linear(4, 2))
@@ -238,6 +272,8 @@ def test_measure_command(run_dir, capsys, monkeypatch):
         "1",
         "--weights",
         "both",
+        "--noise",
+        "variance",
         "--landscape",
         "--quiet",
     ]
@@ -250,6 +286,7 @@ def test_measure_command(run_dir, capsys, monkeypatch):
     for kind in ("latent", "quantized"):
         assert set(found[f"linf_{kind}"]) == {"0.001", "0.0005"}
         assert found[f"bounds_{kind}"]["network"]["m"] == 1437
+        assert found[f"bounds_{kind}"]["settings"]["noise"] == "variance"
         assert len(found[f"hessian_{kind}"]["trace_samples"]) == 8
         assert (run_dir / f"landscape_{kind}.png").stat().st_size > 5000
     assert {r["name"] for r in found["layers"]} == {n for n, _ in qk.convert.layers(load_run(run_dir)[0])}
@@ -286,6 +323,7 @@ def test_measure_command_refuses(tmp_path, run_dir, capsys):
         (["--quick", "--batches", "1", "--batch-size", "16"], "batch_size 128 instead of 16"),
         (["--quick", "--batches", "2"], "batches 1 instead of 2"),
         (["--quick", "--batches", "1", "--seed", "1"], "seed 0 instead of 1"),
+        (["--quick", "--batches", "1", "--noise", "variance"], "noise std instead of variance"),
         (["--batches", "1"], "quick True instead of False"),
     ],
 )

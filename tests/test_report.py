@@ -143,7 +143,7 @@ def test_seeds_are_one_row_with_mean_and_spread(tmp_path):
     ]
     assert second[0] == "lsq W4A4" and second[3] == "3" and second[4] == "93.00 ± 3.61"
     assert second[8:] == ["0.250 ± 0.000", "11.0 ± 1.0"]
-    assert len(page.tables[-1]) == 5  # every run, by itself
+    assert len(page.tables[-1]) == 5 and page.tables[-1][1][7] == "0.2500"  # every run, by itself: its gap
     assert page.headings == ["Training runs", "Results", "Training of resnet20 on digits"]
 
 
@@ -154,6 +154,23 @@ def test_groups_of_one_label_are_told_apart_by_their_settings(tmp_path):
     assert [group.note for group in groups] == ["lr 0.05, sharpness.case 2", "lr 0.1, sharpness.case 1"]
     page = Page(write_report([tmp_path], tmp_path / "r.html"))
     assert page.tables[0][0][3] == "Settings" and page.tables[0][1][3] == "lr 0.05, sharpness.case 2"
+
+
+def test_runs_of_other_quantizers_are_other_groups(tmp_path):
+    for seed, axis in enumerate((0, "none")):
+        make_run(tmp_path / str(seed), seed=seed, quantizer={"weight_axis": axis})
+    assert len(group_runs(find_runs([tmp_path]))) == 2
+
+
+def test_curves_are_the_means_of_the_runs_there_are_and_dashed_in_training(tmp_path, monkeypatch):
+    for seed, losses in enumerate(([1.0, 0.5], [2.0])):
+        path = make_run(tmp_path / str(seed), seed=seed) / "log.jsonl"
+        lines = [{"epoch": e, "train_loss": v, "test_loss": v + 1} for e, v in enumerate(losses)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn, line_chart = [], charts.line_chart
+    monkeypatch.setattr(charts, "line_chart", lambda *args: (drawn.append(args[0]), line_chart(*args))[1])
+    write_report([tmp_path], tmp_path / "r.html")
+    assert drawn[0] == [(0, True, [(1, 1.5), (2, 0.5)]), (0, False, [(1, 2.5), (2, 1.5)])]
 
 
 def test_other_float_weights_are_no_other_seed(tmp_path):
@@ -216,6 +233,12 @@ def test_measures_tables_and_pictures(tmp_path):
     assert "lsq W2A2, seed 0, quantized" in page.source
 
 
+def test_without_a_float_run_nothing_is_coloured(tmp_path):
+    for bits in (4, 2):
+        make_run(tmp_path / str(bits), bits=bits, measures=measured(8.0 / bits))
+    assert not {"good", "bad"} & set(Page(write_report([tmp_path], tmp_path / "r.html")).classes.values())
+
+
 def test_the_page_needs_no_other_file_and_escapes_text(tmp_path):
     make_run(tmp_path / "a", recipe="<script>alert(1)</script>", measures=measured(1.0))
     (tmp_path / "a" / "landscape.png").write_bytes(png())
@@ -270,6 +293,13 @@ def test_charts_leave_out_what_is_not_finite():
     svg = charts.line_chart([(0, False, [(0, 1.0), (1, float("nan")), (2, None), (3, 2.0)])], "x", "y", "t")
     assert len(re.search(r'<polyline[^>]* points="([^"]*)"', svg)[1].split()) == 2
     assert charts.line_chart([(0, False, [(0, None)])], "x", "y", "t") == charts.dot_chart([], "x", "t") == ""
+
+
+def test_bars_are_one_sample_deviation_long():
+    svg = charts.dot_chart([("a", 0, [1.0, 2.0, 3.0])], "x", "t")
+    first, _, last = (float(x) for x in re.findall(r'<circle cx="([^"]*)"', svg))
+    left, width = map(float, re.search(r'<rect x="([^"]*)" y="[^"]*" width="([^"]*)"', svg).groups())
+    assert (left, width) == pytest.approx((first, last - first), abs=0.15)
 
 
 def test_the_command(tmp_path, capsys):

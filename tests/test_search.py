@@ -56,7 +56,14 @@ def test_a_step_that_ends_early_has_the_verdict_of_the_whole(worst, confidence):
         expected = "within" if abs(displacement - 0.1) < 0.01 else "above" if displacement > 0.1 else "below"
         assert step.verdict == expected
         assert (step.images == n) == (step.decided == "complete")
+        if step.decided == "complete" and not worst:
+            assert step.stderr == pytest.approx((drops.std() / 5**0.5).item())
     assert ended > 60
+
+
+def test_what_improves_counts_as_what_falls():
+    rule = search.Rule(0.1, 0.01)
+    assert rule.interval(-0.3, -0.25) == "above" and rule.interval(-0.05, -0.04) == "below"
 
 
 def test_regression_gives_the_mean_of_images_not_seen():

@@ -13,6 +13,7 @@ import qkernels as qk
 from qkernels import random, sharpness
 from qkernels.sharpness import formulas
 from qkernels.sharpness.data import Data
+from qkernels.sharpness.measures import _project_l2
 from qkernels.sharpness.subject import Subject
 
 
@@ -284,6 +285,17 @@ def test_report_is_written_read_shown_and_continued(trained, tmp_path, monkeypat
             sharpness.Report.from_json(path)
 
 
+def test_another_network_is_measured_anew(trained, tmp_path):
+    model, loader, initial = trained
+    settings = {"samples": 2, "iterations": 3, "ascent_steps": 1}
+    sharpness.measure(model, loader, initial, out=tmp_path / "report.json", **settings)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[6].weight.mul_(3)
+    found = sharpness.measure(other, loader, initial, out=tmp_path / "report.json", **settings)
+    assert found.searches == sharpness.measure(other, loader, initial, **settings).searches
+
+
 def test_other_outputs_than_logits_are_named():
     model = nn.Conv2d(1, 3, 1)
     with pytest.raises(
@@ -353,6 +365,21 @@ def test_linf_grows_with_the_box_and_stays_in_it(trained, weights, monkeypatch):
     assert_untouched(model, before)
     with pytest.raises(ValueError, match="rho must be a positive number, got 0"):
         sharpness.linf_sharpness(model, loader, rho=0)
+
+
+def test_linf_is_of_the_mean_over_images(trained):
+    model, loader, _ = trained
+    x, target = (torch.cat(parts)[:50] for parts in zip(*loader))
+    uneven = list(zip(x.split(40), target.split(40)))
+    found, whole = (sharpness.linf_sharpness(model, d, rho=1e-2, steps=2) for d in (uneven, [(x, target)]))
+    assert found.loss == pytest.approx(F.cross_entropy(model(x), target).item(), rel=1e-5)
+    assert found.losses[0] == pytest.approx(whole.losses[0], rel=1e-4)
+
+
+def test_the_relative_l2_ball_is_kept():
+    w, p = torch.tensor([2.0, 0.5, 0.0]), torch.tensor([4.0, 1.0, 1.0])
+    (found,) = _project_l2([p], [w], 0.1, magnitude=True)
+    assert found[2] == 0 and (found / w - 1)[:2].norm().item() == pytest.approx(0.1)
 
 
 def test_a_network_that_diverged_is_refused(trained):

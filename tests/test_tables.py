@@ -151,6 +151,11 @@ def test_saq_cases_show_the_dominant_eigenvalue(tmp_path, capsys):
     assert all(row[2] != old[2] for row, old in zip(more[2:], lines[2:]))  # of other batches: measured again
 
 
+def test_the_rate_is_the_median_of_the_epochs(tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(f'{{"images_per_s": {rate}}}\n' for rate in (100, 30, 1)))
+    assert tables._images_per_s(tmp_path, None) == 30
+
+
 def test_throughput_and_sam_start(tmp_path, capsys):
     code, text, _ = run(capsys, "saq-throughput", *TINY, "--out", tmp_path / "a", "--seeds", 1, "--bits", "4")
     lines = cells_of(text, "SAQ, table 6")
