@@ -3,6 +3,7 @@
 import builtins
 import copy
 import json
+import logging
 
 import pytest
 import torch
@@ -106,6 +107,13 @@ def test_weights_lie_packed_in_the_onnx_file(tmp_path):
     assert levels.raw_data == bytes(converted.conv2.weight_quantizer.packed)
 
 
+def test_an_export_leaves_the_log_alone_and_names_no_path_of_this_machine(tmp_path):
+    log, (model, x, _) = logging.getLogger("torch.onnx"), quantized()
+    before = log.level
+    exported(model, x, tmp_path / "m.onnx")
+    assert log.level == before and b"export.py" not in (tmp_path / "m.onnx").read_bytes()
+
+
 @pytest.mark.parametrize("act_bits", [3, 6])
 def test_bounds_that_do_not_fill_the_type_are_clipped(tmp_path, act_bits):
     pytest.importorskip("onnxruntime")
@@ -118,8 +126,8 @@ def test_bounds_that_do_not_fill_the_type_are_clipped(tmp_path, act_bits):
 
 def test_other_layers_and_negative_steps_in_onnx(tmp_path):
     pytest.importorskip("onnxruntime")
-    layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3), nn.GELU())
-    model, x, _ = quantized(model=layers)
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3), nn.GELU(), nn.Flatten(2)]
+    model, x, _ = quantized(model=nn.Sequential(*layers, nn.Conv1d(6, 3, 3)))
     with torch.no_grad():
         model[0].input_quantizer.scale.neg_()
         model[2].weight_quantizer.scale[1].neg_()

@@ -115,6 +115,14 @@ def test_zero_weights_stay_finite(kind, method):
     assert weight.isfinite().all() and layer.weight.grad.isfinite().all()
 
 
+def test_constant_weights_stay_finite():
+    """Their deviation is zero up to rounding, of either sign."""
+    layer = nn.Linear(1000, 2)
+    nn.init.constant_(layer.weight, 0.7)
+    layer = qk.quantize_(layer, method="lsq+", weight_bits=4, act_bits=None)
+    torch.testing.assert_close(layer.train().quantized_weight(), layer.weight, rtol=0.01, atol=0.0)
+
+
 @pytest.mark.parametrize("method", ["lsq", "lsq+", "asymmetric"])
 def test_nan_in_the_data_is_never_hidden(method):
     x = torch.rand(2, 8)

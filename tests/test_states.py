@@ -132,3 +132,11 @@ def test_averages_of_buffers_leave_the_grid():
             assert torch.equal(averaged.grid()["zero_point"], quantizer.grid()["zero_point"])
             averaged._adopt()
             assert averaged.started and averaged.signed == quantizer.signed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_grid_stays_in_float32(dtype):
+    model = calibrated()
+    before = [q.scale.detach().clone() for q in convert.quantizers(model)]
+    after = [q.scale for q in convert.quantizers(model.to(dtype))]
+    assert model.stem.weight.dtype == dtype and all(map(torch.equal, after, before))

@@ -60,6 +60,14 @@ def test_noise_at_every_stream(kind, stream, shape, device):
             assert torch.equal(launchers.fake_quantize(*args), reference.fake_quantize(*args))
 
 
+@pytest.mark.parametrize("step", [0.0, 1e-40, -1e-40, float("inf"), float("nan")])
+def test_steps_that_are_too_small_or_broken(step, device):
+    x, scale = 1e-37 * torch.randn(3, 5, device=device), torch.tensor([step], device=device)
+    args = (x, scale, None, None, layout.FLAT, -8, 7, noise.PLAIN, 0.0, 0.0, None, 0, None, None)
+    mine, expected = (module.fake_quantize(*args) for module in (launchers, reference))
+    torch.testing.assert_close(mine, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 def test_the_coin_is_thrown_per_seed(device):
     x, scale = torch.randn(64, device=device), torch.ones(1, device=device)
     for kind in (noise.AFTER, noise.BEFORE):
