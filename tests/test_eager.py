@@ -380,11 +380,12 @@ def test_another_thread_may_empty_the_lists_of_a_step_uphill():
     found, expected = list(lists[0]), big[0] + 0.5 / (3 * (1 << 22)) ** 0.5
 
     def empty():
-        time.sleep(0.002)
+        while found[0][0] == 1:  # until the step has begun
+            time.sleep(0)
         for part in lists:
             part.clear()
 
-    thread = threading.Thread(target=empty)
+    thread = threading.Thread(target=empty, daemon=True)
     originals = list(lists[1])
     thread.start()
     taken = eager.climb(*lists, originals, 0.5, None)
