@@ -18,7 +18,7 @@ from qkernels import convert
     [
         (nn.Conv1d(2, 4, 3, padding=1, padding_mode="reflect"), (2, 2, 6)),
         (nn.Conv2d(4, 4, 3, padding="same", groups=2, dilation=2), (2, 4, 6, 6)),
-        (nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1, bias=False), (2, 2, 4, 4)),
+        (nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1, dilation=2, bias=False), (2, 2, 4, 4)),
         (nn.Linear(6, 3), (2, 4, 6)),
     ],
 )
@@ -30,6 +30,23 @@ def test_a_layer_is_its_float_self_on_quantized_tensors(layer, shape):
         plain.weight.copy_(quantized.quantized_weight())
         assert plain.weight.unique().numel() > 3
         assert torch.equal(quantized(x), plain(quantized.quantized_input(x)))
+
+
+def test_an_embedding_has_the_gradient_of_its_float_self():
+    plain, x = nn.Embedding(4, 3, padding_idx=1, scale_grad_by_freq=True), torch.tensor([0, 1, 2, 2])
+    layer = qk.quantize_(copy.deepcopy(plain))
+    for embedding in (plain, layer):
+        embedding(x).sum().backward()
+    assert torch.equal(layer.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "exclude, kinds", [((), ["QuantLinear", "QuantLinear"]), (["2"], ["Linear", "QuantLinear"])]
+)
+def test_a_block_that_comes_twice_goes_by_both_names(exclude, kinds):
+    block = nn.Sequential(nn.Linear(4, 4))
+    model = qk.quantize_(nn.Sequential(block, nn.Linear(4, 4), block), exclude=exclude)
+    assert model[0] is model[2] and [type(layer).__name__ for layer in (model[2][0], model[1])] == kinds
 
 
 def test_transposed_output_size():

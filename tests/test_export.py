@@ -135,6 +135,25 @@ def test_other_layers_and_negative_steps_in_onnx(tmp_path):
     assert (_onnx_session(tmp_path / "m.onnx")(x) - model(x)).abs().max() < 1e-5
 
 
+def test_batches_of_any_size_of_every_input(tmp_path):
+    pytest.importorskip("onnxruntime")
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, x, y):
+            return self.fc(x) + y
+
+    x, y, model = torch.randn(6, 8), torch.randn(6, 3), qk.quantize_(Both(), method="lsq")
+    qk.calibrate(model, [x], forward=lambda model, x: model(x, y)).eval()
+    exported(model, (x[:2], y[:2]), tmp_path / "m.onnx")
+    assert (_onnx_session(tmp_path / "m.onnx")(x, y) - model(x, y)).abs().max() < 1e-5
+    program = export_torch(model, (x[:2], y[:2]), tmp_path / "m.pt2").module()
+    assert torch.equal(program(x, y), model(x, y))
+
+
 def test_integer_indices_and_a_direct_call_in_onnx(tmp_path):
     ort = pytest.importorskip("onnxruntime")
 
