@@ -18,7 +18,6 @@ from ..random import normal
 from ..seeds import SeedSource
 from ..training import build, checkpoint, distributed
 from ..training import run as training
-from ..training.engine import Trainer
 from .curvature import hessian
 from .data import Data
 from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
@@ -215,20 +214,7 @@ def training_epochs(config, device="cpu", *, workers=4):
     device = distributed.find_device(str(device))
     data = training._data(config, device=device, workers=workers)
     training._seed(config["seed"])
-    model, teacher = build.float_model(config, data), None
-    if config["init"] is not None:
-        build.load_weights(model, config["init"])
-    if config["distill"]:
-        teacher = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-    model = build.quantize(model, config).to(device)
-    if config["method"]:
-        build.calibrate(model, data, config)
-    training._seed(config["seed"])
-    same = ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
-    trainer = Trainer(
-        model, build.optimizer(model, config), build.loss(config, model, teacher), data, device=device,
-        lr_factor=training._lr_factor(config), **{key: config[key] for key in same},
-    )  # fmt: skip
+    trainer = training.new_trainer(config, build.float_model(config, data), data, config["init"], device)
     while True:
         state = checkpoint.random_state()
         yield trainer.epoch, trainer.model

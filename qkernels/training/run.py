@@ -278,33 +278,14 @@ def _train_float(config, out, machine, options):
 
 def _train_one(config, out, init, model, data, machine, options):
     """Initialises, trains with a checkpoint after every epoch, and writes the result."""
-    device, teacher, first = machine["device"], None, distributed.rank() == 0
+    device, first = machine["device"], distributed.rank() == 0
     saved = checkpoint.load(out / "checkpoint", device) if checkpoint.latest(out / "checkpoint") else None
-    if init is not None:
-        build.load_weights(model, init)
-    if config["distill"]:
-        teacher = deepcopy(model).to(device).eval().requires_grad_(False)
-    model = build.quantize(model, config).to(device)
-    if saved is not None:
-        model.load_state_dict(saved[0])
-    elif config["method"]:
-        build.calibrate(model, data, config)
-    if saved is None and first:
-        checkpoint.save_tensors(out / "initial.safetensors", model.state_dict())
-    _seed(config["seed"] + distributed.rank())
-    same = ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
-    trainer = Trainer(
-        model,
-        build.optimizer(model, config),
-        build.loss(config, model, teacher),
-        data,
-        device=device,
-        lr_factor=_lr_factor(config),
-        **{key: config[key] for key in same},
-    )
+    trainer = new_trainer(config, model, data, init, device, weights=None if saved is None else saved[0])
     if saved is not None:
         trainer.load_state_dict(saved[1])
         say(f"{out}: continuing from epoch {trainer.epoch}, batch {trainer.batch}", options["quiet"])
+    elif first:
+        checkpoint.save_tensors(out / "initial.safetensors", trainer.model.state_dict())
     log = None
     if first:
         shown = {key: options[key] for key in ("tensorboard", "quiet")}
@@ -316,6 +297,29 @@ def _train_one(config, out, init, model, data, machine, options):
         if log is not None:
             log.close()
     return _finish(trainer, config, out, data)
+
+
+def new_trainer(config, model, data, init, device, weights=None):
+    """A Trainer at the start of a run: the float ``model`` with the weights ``init``, quantized and calibrated.
+
+    ``weights``, of a checkpoint, stand in for the calibration.
+    """
+    teacher = None
+    if init is not None:
+        build.load_weights(model, init)
+    if config["distill"]:
+        teacher = deepcopy(model).to(device).eval().requires_grad_(False)
+    model = build.quantize(model, config).to(device)
+    if weights is not None:
+        model.load_state_dict(weights)
+    elif config["method"]:
+        build.calibrate(model, data, config)
+    _seed(config["seed"] + distributed.rank())
+    same = ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
+    return Trainer(
+        model, build.optimizer(model, config), build.loss(config, model, teacher), data, device=device,
+        lr_factor=_lr_factor(config), **{key: config[key] for key in same},
+    )  # fmt: skip
 
 
 def _train_epochs(trainer, out, log, keep_best, select, keep_every=0):
