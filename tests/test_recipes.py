@@ -325,7 +325,7 @@ def test_clipping_with_two_passes_bounds_what_they_add_up_to():
 def test_qgen_starts_from_random_weights_and_keeps_the_lowest_training_loss(tmp_path, monkeypatch):
     """The learning rate explodes in the last epoch, so that an earlier one is the best."""
     monkeypatch.setattr(
-        "qkernels.training.run.lr_schedule", lambda *_, **__: lambda epoch: 1.0 if epoch < 2 else 300.0
+        "qkernels.training.start.lr_schedule", lambda *_, **__: lambda epoch: 1.0 if epoch < 2 else 300.0
     )
     config = make_config(**{**TINY, "recipe": "qgen", "epochs": 3, "lr": 0.01})
     result = train(config, tmp_path / "run", quiet=True)

@@ -16,8 +16,7 @@ from ..perturbation import weights as learned_weights
 from ..quantizers import Quantizer
 from ..random import normal
 from ..seeds import SeedSource
-from ..training import build, checkpoint, distributed
-from ..training import run as training
+from ..training import build, checkpoint, distributed, start
 from .curvature import hessian
 from .data import Data
 from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
@@ -212,9 +211,9 @@ def training_epochs(config, device="cpu", *, workers=4):
             "config: init must be the folder or file of the float weights to start from, got None"
         )
     device = distributed.find_device(str(device))
-    data = training._data(config, device=device, workers=workers)
-    training._seed(config["seed"])
-    trainer = training.new_trainer(config, build.float_model(config, data), data, config["init"], device)
+    data = start.data_of(config, device=device, workers=workers)
+    start.seed_all(config["seed"])
+    trainer = start.new_trainer(config, build.float_model(config, data), data, config["init"], device)
     while True:
         state = checkpoint.random_state()
         yield trainer.epoch, trainer.model

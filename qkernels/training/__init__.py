@@ -4,7 +4,8 @@ from .bn import bn_reestimate
 from .build import load_weights
 from .config import make_config
 from .recipe import available_recipes, load_recipe
-from .run import load_run, train
+from .run import train
+from .start import load_run
 
 __all__ = [
     "available_recipes",

@@ -4,23 +4,21 @@ import argparse
 import contextlib
 import math
 import os
-import random
 import shlex
 import signal
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..files import alone, write_json
 from . import build, checkpoint, distributed
 from .bn import bn_reestimate
 from .config import RUN, check_unchanged, float_config, make_config, read_config, starts_from_float
-from .data import build_data
-from .engine import Diverged, Interrupt, Trainer, lr_schedule
+from .engine import Diverged, Interrupt
 from .log import RunLog, read_json, read_log, say, summary_writer
 from .recipe import CHOICES, SETTINGS, available_recipes, parse_assignment
+from .start import data_of, lr_factor_of, new_trainer, seed_all
 
 FLAGS = (
     "weight_bits",
@@ -200,8 +198,8 @@ def train(
     machine = {"device": distributed.start(distributed.find_device(device)), "workers": workers}
     options = {"tensorboard": tensorboard, "keep_best": keep_best, "keep_every": keep_every}
     options["quiet"] = quiet or distributed.rank() > 0
-    data = _data(config, **machine)
-    _seed(config["seed"])
+    data = data_of(config, **machine)
+    seed_all(config["seed"])
     model = build.float_model(config, data)
     # A checkpoint replaces the float weights, unless a teacher has them too.
     needs_init = config["distill"] or checkpoint.latest(out / "checkpoint") is None
@@ -248,12 +246,7 @@ def _try(config, model, needs_init):
     if starts_from_float(config):
         float_config(config)
     build.loss(config, probe, deepcopy(model))  # it may leave hooks on them
-    _lr_factor(config)
-
-
-def _lr_factor(config):
-    shape = {key: config[key] for key in ("epochs", "milestones", "gamma", "warmup_epochs")}
-    return lr_schedule(config["schedule"], **shape)
+    lr_factor_of(config)
 
 
 def _train_float(config, out, machine, options):
@@ -262,8 +255,8 @@ def _train_float(config, out, machine, options):
     if not (folder / "result.json").exists():
         say("no init: training the float model first, in " + str(folder), options["quiet"])
         start = float_config(config)
-        data = _data(start, **machine)
-        _seed(start["seed"])
+        data = data_of(start, **machine)
+        seed_all(start["seed"])
         distributed.barrier()
         if distributed.rank() == 0:
             folder.mkdir(exist_ok=True)
@@ -297,29 +290,6 @@ def _train_one(config, out, init, model, data, machine, options):
         if log is not None:
             log.close()
     return _finish(trainer, config, out, data)
-
-
-def new_trainer(config, model, data, init, device, weights=None):
-    """A Trainer at the start of a run: the float ``model`` with the weights ``init``, quantized and calibrated.
-
-    ``weights``, of a checkpoint, stand in for the calibration.
-    """
-    teacher = None
-    if init is not None:
-        build.load_weights(model, init)
-    if config["distill"]:
-        teacher = deepcopy(model).to(device).eval().requires_grad_(False)
-    model = build.quantize(model, config).to(device)
-    if weights is not None:
-        model.load_state_dict(weights)
-    elif config["method"]:
-        build.calibrate(model, data, config)
-    _seed(config["seed"] + distributed.rank())
-    same = ("epochs", "amp", "accumulate", "clip_grad_norm", "compile", "channels_last")
-    return Trainer(
-        model, build.optimizer(model, config), build.loss(config, model, teacher), data, device=device,
-        lr_factor=_lr_factor(config), **{key: config[key] for key in same},
-    )  # fmt: skip
 
 
 def _train_epochs(trainer, out, log, keep_best, select, keep_every=0):
@@ -394,44 +364,3 @@ def _finish(trainer, config, out, data):
     }
     write_json(out / "result.json", result)
     return result
-
-
-def load_run(out, device="cpu", batch_size=None, which="checkpoint"):
-    """`(model, data, config)` of a trained run, the model in eval mode with its trained weights.
-
-    Args:
-        out: the run folder.
-        device: where model and batches lie.
-        batch_size: of the loaders; None is that of the run.
-        which: "checkpoint" (the last) or "best".
-
-    Raises:
-        FileNotFoundError: no run, or no checkpoint in it.
-        RuntimeError: the checkpoint is damaged.
-    """
-    config, device = read_config(out), distributed.find_device(str(device))
-    state, _ = checkpoint.load(Path(out) / which)
-    data = _data({**config, "batch_size": batch_size or config["batch_size"]}, device=device, workers=4)
-    model = build.quantize(build.float_model(config, data), config)
-    model.load_state_dict(state)
-    return model.to(device).eval(), data, config
-
-
-def _data(config, device, workers):
-    where = {"rank": distributed.rank(), "world_size": distributed.world()}
-    return build_data(
-        config["data"],
-        config["batch_size"],
-        config["seed"],
-        config["augment"],
-        device=device,
-        image_size=config["image_size"],
-        workers=workers,
-        **where,
-    )
-
-
-def _seed(seed):
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

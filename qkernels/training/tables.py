@@ -9,7 +9,7 @@ from .cells import results as read_results
 from .log import read_json, read_log
 from .papers import METHODS, TABLES, Row, Table
 from .recipe import load_recipe, overlap, parse_assignment
-from .run import load_run
+from .start import load_run
 
 
 def add_arguments(parser):
