@@ -31,9 +31,7 @@ _COLUMNS = {
 def add_arguments(parser):
     """Declares the arguments of `qkernels sweep`."""
     flag = parser.add_argument
-    flag(
-        "grid", metavar="FILE.toml", help="the grid, or one of the package: qgen, qgen_cifar100, qgen_digits"
-    )
+    flag("grid", metavar="FILE.toml", help=f"the grid, or one of the package: {', '.join(_names())}")
     flag("--out", required=True, metavar="DIR", help="a run folder per cell, table.md, table.json")
     flag("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     flag("--engine", choices=("local", "ray"), default="local", help="ray: the workers are Ray tasks")

@@ -7,24 +7,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from loading import batches, same
+from loading import batches, same, write_folder
 
 from qkernels.training.data import build_data
 from qkernels.training.folder import centre_box, random_box
-
-
-def write_folder(root, per_class=3):
-    """Images of several shapes, each of one colour per class, brighter from image to image."""
-    Image = pytest.importorskip("PIL.Image")
-    for split in ("train", "val"):
-        for k, name in enumerate(["ant", "bee"]):
-            (root / split / name).mkdir(parents=True)
-            for i in range(per_class):
-                pixels = np.zeros((20 + 7 * i, 31 - 3 * i, 3), np.uint8)
-                pixels[..., k] = 100 + 40 * i
-                pixels[: len(pixels) // 2, :, 2] = 200
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
 
 
 def test_folder_reads_classes_in_order(tmp_path):

@@ -6,15 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from loading import batches, same
-from test_folder import write_folder
-from test_report import Page, make_run, measured
+from loading import batches, same, write_folder
+from tiny import SHORT
 
 from qkernels import sharpness
 from qkernels.cli import main
 from qkernels.corruptions import CORRUPTIONS
 from qkernels.models import build_model
-from qkernels.report import write_report
 from qkernels.training.data import build_data
 
 
@@ -79,8 +77,7 @@ def test_published_corruptions_of_other_data_are_refused(published, tmp_path):
 
 def test_the_searches_settings_reach_them_and_are_remembered(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    shared = ["--model", "nin_d1_w1", "--data", "fake:3x8x8:4", "--epochs", "1", "--threads", "1", "--quiet"]
-    assert main(["train", "--recipe", "float", "--out", str(run), *shared]) == 0
+    assert main(["train", "--recipe", "float", "--out", str(run), "--epochs", "1", *SHORT]) == 0
     given = []
 
     class Asked(Exception):
@@ -103,18 +100,8 @@ def test_the_searches_settings_reach_them_and_are_remembered(tmp_path, monkeypat
 
 def test_the_trace_follows_the_epochs_that_were_kept(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    shared = [
-        "--model",
-        "nin_d1_w1",
-        "--data",
-        "fake:3x8x8:4",
-        "--threads",
-        "1",
-        "--quiet",
-        "--out",
-        str(run),
-    ]
-    assert main(["train", "--recipe", "float", "--epochs", "5", "--keep-every", "2", *shared]) == 0
+    command = ["train", "--recipe", "float", "--out", str(run), "--epochs", "5", "--keep-every", "2", *SHORT]
+    assert main(command) == 0
     assert [path.name for path in sorted((run / "epochs").iterdir())] == [
         "00002.safetensors",
         "00004.safetensors",
@@ -136,24 +123,3 @@ def test_every_result_is_written_and_read_back(tmp_path):
     assert type(sharpness.Hessian.from_json(found.to_json(tmp_path / "h.json")).density) is type(
         found.density
     )
-
-
-def test_the_float_models_row_stands_in_the_tables_of_quantized_weights(tmp_path):
-    def quantized(found):
-        return found | {
-            key.replace("latent", "quantized"): found[key] for key in list(found) if "latent" in key
-        }
-
-    make_run(tmp_path / "f", recipe="float", bits=32, measures=measured(1.0, 32))
-    make_run(tmp_path / "q", measures=quantized(measured(0.5)))
-    page = Page(write_report([tmp_path], tmp_path / "r.html"))
-    for first in ("PAC-Bayes", "λ₁"):
-        tables = [t for t in page.tables if first in t[0]]
-        assert len(tables) == 2
-        assert [row[0] for row in tables[1] if "FP32" in row[0] or "W4A4" in row[0]] == [
-            "float FP32",
-            "lsq W4A4",
-        ]
-    (tmp_path / "q" / "measures.json").write_text(json.dumps(measured(0.5)))
-    page = Page(write_report([tmp_path], tmp_path / "r.html"))
-    assert len([t for t in page.tables if "PAC-Bayes" in t[0]]) == 1

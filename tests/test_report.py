@@ -239,6 +239,27 @@ def test_without_a_float_run_nothing_is_coloured(tmp_path):
     assert not {"good", "bad"} & set(Page(write_report([tmp_path], tmp_path / "r.html")).classes.values())
 
 
+def test_the_float_models_row_stands_in_the_tables_of_quantized_weights(tmp_path):
+    def quantized(found):
+        return found | {
+            key.replace("latent", "quantized"): found[key] for key in list(found) if "latent" in key
+        }
+
+    make_run(tmp_path / "f", recipe="float", bits=32, measures=measured(1.0, 32))
+    make_run(tmp_path / "q", measures=quantized(measured(0.5)))
+    page = Page(write_report([tmp_path], tmp_path / "r.html"))
+    for first in ("PAC-Bayes", "λ₁"):
+        tables = [t for t in page.tables if first in t[0]]
+        assert len(tables) == 2
+        assert [row[0] for row in tables[1] if "FP32" in row[0] or "W4A4" in row[0]] == [
+            "float FP32",
+            "lsq W4A4",
+        ]
+    (tmp_path / "q" / "measures.json").write_text(json.dumps(measured(0.5)))
+    page = Page(write_report([tmp_path], tmp_path / "r.html"))
+    assert len([t for t in page.tables if "PAC-Bayes" in t[0]]) == 1
+
+
 def test_the_page_needs_no_other_file_and_escapes_text(tmp_path):
     make_run(tmp_path / "a", recipe="<script>alert(1)</script>", measures=measured(1.0))
     (tmp_path / "a" / "landscape.png").write_bytes(png())

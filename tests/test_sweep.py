@@ -105,6 +105,14 @@ def test_qgens_settings_on_digits():
     assert settings(small) == settings(whole)
 
 
+def test_qgens_grid_of_cifar100_differs_in_depth_and_data_alone():
+    ten, hundred = (load_grid(name)["cells"] for name in ("qgen", "qgen_cifar100"))
+    for (a, axes), (b, others) in zip(ten, hundred, strict=True):
+        assert others == {**axes, "depth": axes["depth"] + 1}
+        model = f"nin_d{others['depth']}_w{others['width']}"
+        assert b.arguments == {**a.arguments, "data": "cifar100:data", "model": model}
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

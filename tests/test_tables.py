@@ -5,6 +5,7 @@ import math
 import types
 
 import pytest
+from tiny import SHORT
 
 from qkernels import cli
 from qkernels.training import load_run, make_config, tables
@@ -13,18 +14,20 @@ from qkernels.training.run import Diverged
 from qkernels.training.tables import parse_bits
 
 TINY = [
-    "--model",
-    "nin_d1_w1",
-    "--data",
-    "fake:3x8x8:4",
-    "--threads",
-    "1",
-    "--device",
-    "cpu",
-    "--epochs",
-    "1",
+    *SHORT,
+    *[
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+        "--float-epochs",
+        "2",
+        "--set",
+        "lr=0.01",
+        "--set",
+        "batch_size=64",
+    ],
 ]
-TINY += ["--float-epochs", "2", "--set", "lr=0.01", "--set", "batch_size=64", "--quiet"]
 
 
 def rows_of(name):

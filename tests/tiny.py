@@ -11,6 +11,7 @@ from qkernels.training.engine import Trainer, lr_schedule
 QUANTIZED = ["lsq", "lsq+", "pact", "dorefa", "saq_clip", "kd", "noise_tempering", "diffq", "ewgs", "fpq", "saq",
              "saq_vit", "saq_mobilenet", "sam", "sam_then_sgd"]  # fmt: skip
 TINY = {"model": "tiny", "data": "fake:3x8x8:4", "batch_size": 32, "epochs": 2, "augment": False}
+SHORT = ["--model", "nin_d1_w1", "--data", "fake:3x8x8:4", "--threads", "1", "--quiet"]
 TINY_RUN = {"model": "nin_d1_w1", "data": "fake:3x8x8:4", "lr": 0.01}
 
 

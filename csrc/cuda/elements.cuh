@@ -28,8 +28,8 @@ constexpr int kRunBlocks = sizeof(S) == 4   ? 4
                            : sizeof(S) == 2 ? 3
                                             : 2;
 
-// The division has a slow path per element, which zeros take; a reciprocal costs a thread 60 instructions, some in
-// double, of which GPUs that are not made for computing have few units.
+// The division has a slow path per element, probably also for zeros; a reciprocal costs a thread 60 instructions, some
+// in double, of which GPUs that are not made for computing have few units.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 700 || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || \
     __CUDA_ARCH__ == 1000
 constexpr bool kFastDoubles = true;

@@ -50,7 +50,8 @@ class Loader:
     def sample(self, batches, seed=0):
         """A loader of ``batches`` batches of random images of this one, in its order; itself where it has no more.
 
-        For measurements: the first images of a folder are those of its first classes.
+        For measurements by one process: the first images of a folder are those of its first classes. A training loader,
+        whose images come in random order already, and one of several processes give themselves.
         """
         count = batches * self.batch_size
         if self.train or self.world_size > 1 or count >= self.samples:
