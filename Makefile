@@ -48,7 +48,7 @@ bench: build ## the kernel benchmark of this machine
 demo: build ## train float, 4-bit and 2-bit on digits, and write a report: about a minute
 	$(PYTHON) -m qkernels demo
 
-faults: $(STAMP) ## plant faults in the arithmetic, one at a time, and see the tests catch each (an hour)
+faults: $(STAMP) ## plant faults in the arithmetic, one at a time, and see the tests catch each (20 minutes)
 	$(PYTHON) scripts/plant_faults.py
 
 cuda-check: build ## compile all CUDA and Triton kernels without a GPU; registers and spills

@@ -14,20 +14,8 @@ from qkernels.training.run import Diverged
 from qkernels.training.tables import parse_bits
 
 TINY = [
-    *SHORT,
-    *[
-        "--device",
-        "cpu",
-        "--epochs",
-        "1",
-        "--float-epochs",
-        "2",
-        "--set",
-        "lr=0.01",
-        "--set",
-        "batch_size=64",
-    ],
-]
+    *SHORT, "--device", "cpu", "--epochs", "1", "--float-epochs", "2", "--set", "lr=0.01", "--set", "batch_size=64",
+]  # fmt: skip
 
 
 def rows_of(name):
