@@ -315,9 +315,5 @@ def _steps(quantizer):
     if isinstance(quantizer, q.Quantizer) and not quantizer.started:
         return "not calibrated"
     scale = quantizer.scale if isinstance(quantizer, qnn.IntegerWeight) else quantizer.grid()["scale"]
-    scale = scale.detach().abs()
-    return (
-        f"{scale.item():.4g}"
-        if scale.numel() == 1
-        else f"{scale.min().item():.3g} to {scale.max().item():.3g}"
-    )
+    low, high = (f"{end.item():.4g}" for end in scale.detach().abs().aminmax())
+    return low if low == high else f"{low} to {high}"

@@ -190,6 +190,8 @@ def test_summary():
     assert table(calibrated(weight_bits=None))[0]["weight"] == "float"
     (single,) = table(qk.quantize_(nn.Linear(2, 3), weight_axis=None))
     assert (single["layer"], single["rows"]) == ("(model)", "1")
+    (alike,) = table(qk.quantize_(nn.Linear(2, 3), method="dorefa", weight_bits=2))
+    assert (alike["rows"], alike["weight step"]) == ("3", "0.007843")
     assert table(qk.convert_(calibrated(weight_axis=None)))[0]["rows"] == "1"
 
 
