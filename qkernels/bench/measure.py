@@ -128,16 +128,16 @@ def touch(nbytes):
     torch.ones(nbytes, dtype=torch.uint8)
 
 
-def collect(work, repeats, device, seconds=SAMPLE_SECONDS):
+def collect(work, repeats, device):
     """Fills the samples of each variant in ``work``, [(variant, pool of inputs), ...].
 
     Every round visits all variants once in a new order, so that drift of the machine meets them alike; variants
-    that share a pool share its rotation. A sample is the mean of about ``seconds`` worth of calls.
+    that share a pool share its rotation. A sample is the mean of about SAMPLE_SECONDS worth of calls.
     """
     turns = {id(pool): itertools.cycle(pool) for _, pool in work}
     jobs = [(variant, turns[id(pool)]) for variant, pool in work]
     clock = _cuda_time if device == "cuda" else _host_time
-    calls = {id(v): _calls(clock, v, turn, seconds) for v, turn in jobs}
+    calls = {id(v): _calls(clock, v, turn) for v, turn in jobs}
     order = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
@@ -159,13 +159,13 @@ def collect(work, repeats, device, seconds=SAMPLE_SECONDS):
             gc.enable()
 
 
-def _calls(clock, variant, turn, seconds):
+def _calls(clock, variant, turn):
     """Warms the variant up, if a call is not long; how many calls fill a sample."""
     ms = clock(variant, turn, 1)
-    if ms < 5e3 * seconds:
+    if ms < 5e3 * SAMPLE_SECONDS:
         clock(variant, turn, 3)
         ms = clock(variant, turn, 2)
-    return int(min(max(seconds * 1e3 / max(ms, 1e-6), 1), 2000))
+    return int(min(max(SAMPLE_SECONDS * 1e3 / max(ms, 1e-6), 1), 2000))
 
 
 def _host_time(variant, turn, calls):

@@ -11,13 +11,6 @@ from .rows import BASELINES, OURS, RIVALS
 
 FIELDS = ("op", "case", "backend", "dtype", "threads", "median_ms", "p20_ms", "p80_ms", "bytes", "gb_per_s",
           "copy_fraction", "saved_bytes", "peak_bytes", "parity")  # fmt: skip
-MORE = (
-    "form",
-    "launches",
-    "samples",
-    "disturbed",
-    "samples_ms",
-)  # samples_ms pairs the variants round by round
 RUN = ("machine", "torch", "commit", "date", "qkernels", "python", "device", "allocator", "clock")
 
 

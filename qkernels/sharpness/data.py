@@ -75,7 +75,7 @@ class Data:
 
     def samples(self):
         """(index, x, target) of batches for means that may be decided early: of rearranged images, small ones first."""
-        sizes = self._growing(self.size, _FIRST) if self.shuffled else None
+        sizes = self._growing() if self.shuffled else None
         start = 0
         for x, target in zip(*(t.split(sizes) for t in self.whole)) if sizes else self:
             yield torch.arange(start, start + len(target), device=self.device), x, target
@@ -102,10 +102,10 @@ class Data:
                 yield part, x[part], target[part]
             done = goal
 
-    def _growing(self, size, first):
+    def _growing(self):
         """Sizes of parts, half as large as all before but at most a tenth of the whole: each may be the last."""
         sizes = []
-        while sum(sizes) < size:
-            most = min(self.most, max(size // 10, first), size - sum(sizes))
-            sizes.append(min(max(sum(sizes) // 2, first), most))
+        while sum(sizes) < self.size:
+            most = min(self.most, max(self.size // 10, _FIRST), self.size - sum(sizes))
+            sizes.append(min(max(sum(sizes) // 2, _FIRST), most))
         return sizes

@@ -93,9 +93,9 @@ class Subject:
     def _call(self, effective, x):
         return logits_of(functional_call(self.model, effective, (x,), tie_weights=False))
 
-    def leaves(self, values=None):
+    def leaves(self):
         """Copies of the values that autograd differentiates with respect to."""
-        return [w.detach().clone().requires_grad_() for w in (self.values if values is None else values)]
+        return [w.clone().requires_grad_() for w in self.values]
 
     def gradient(self, values, x, target, criterion):
         """(loss, gradients) at these values on one batch; the loss is criterion(logits, target), a detached scalar."""

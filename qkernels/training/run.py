@@ -292,7 +292,7 @@ def _train_one(config, out, init, model, data, machine, options):
     return _finish(trainer, config, out, data)
 
 
-def _train_epochs(trainer, out, log, keep_best, select, keep_every=0):
+def _train_epochs(trainer, out, log, keep_best, select, keep_every):
     with Interrupt() as interrupt:
         while trainer.epoch < trainer.epochs:
             record = trainer.train_epoch(stop=interrupt)
