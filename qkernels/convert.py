@@ -227,19 +227,17 @@ def convert_(model):
     these weights are made permanent first. ValueError where nothing is quantized, or
     it is converted already.
     """
-    quantized = [layer.weight_quantizer for _, layer in layers(model)]
-    if any(isinstance(weight, qnn.IntegerWeight) for weight in quantized):
+    kinds = (q.Quantizer, qnn.IntegerWeight)
+    found = [layer for _, layer in layers(model) if isinstance(layer.weight_quantizer, kinds)]
+    if any(isinstance(layer.weight_quantizer, qnn.IntegerWeight) for layer in found):
         raise ValueError("model is already converted")
-    found = [
-        (name, layer) for name, layer in layers(model) if isinstance(layer.weight_quantizer, q.Quantizer)
-    ]
     if not found:
         raise ValueError("model has no quantized layer to convert: call qk.quantize_ first")
     check_whole(model, "convert_")
     model.eval()
-    for _, layer in found:
+    for layer in found:
         settle(layer)
-    for _, layer in found:
+    for layer in found:
         layer.weight_quantizer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
         del layer.weight
         layer.weight = None
@@ -314,6 +312,5 @@ def _steps(quantizer):
         return "-"
     if isinstance(quantizer, q.Quantizer) and not quantizer.started:
         return "not calibrated"
-    scale = quantizer.scale if isinstance(quantizer, qnn.IntegerWeight) else quantizer.grid()["scale"]
-    low, high = (f"{end.item():.4g}" for end in scale.detach().abs().aminmax())
+    low, high = (f"{end.item():.4g}" for end in quantizer.grid()["scale"].detach().abs().aminmax())
     return low if low == high else f"{low} to {high}"

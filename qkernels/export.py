@@ -102,7 +102,7 @@ class WeightGrid(Grid):
     """A converted weight with its levels in its shape, int8 or uint8: what a DequantizeLinear node reads."""
 
     def __init__(self, weight):
-        super().__init__({name: getattr(weight, name) for name in weight.grid_names}, weight.axis)
+        super().__init__(weight.grid(), weight.axis)
         self.bits, self.signed = weight.bits, weight.signed
         self.register_buffer("levels", weight.integers())
 
@@ -215,17 +215,15 @@ def integer_state_dict(model):
         weight, act = layer.weight_quantizer, layer.input_quantizer
         if weight is not None:
             axis = layout.FLAT if weight.axis is None else weight.axis
-            found = {"packed": weight.packed, **{key: getattr(weight, key) for key in weight.grid_names}}
-            found["scale"] = safe_scale(
-                found["scale"]
-            )  # training may turn its sign, of which the ops take no notice
+            found = {"packed": weight.packed, **weight.grid()}
+            # Training may turn its sign, of which the ops take no notice.
+            found["scale"] = safe_scale(found["scale"])
             numbers = {"bits": [weight.bits], "signed": [int(weight.signed)], "axis": [axis]}
             found |= {key: torch.tensor(value) for key, value in {**numbers, "shape": weight.shape}.items()}
             tensors |= {f"{prefix}weight.{key}": value for key, value in found.items()}
         if act is not None:
-            found = {key: value for key, value in act.grid().items() if value is not None}
-            found["scale"] = safe_scale(found["scale"])
-            found["bounds"] = torch.tensor(act.bounds())
+            grid = act.grid()
+            found = {**grid, "scale": safe_scale(grid["scale"]), "bounds": torch.tensor(act.bounds())}
             tensors |= {f"{prefix}input.{key}": value for key, value in found.items()}
         layer.weight_quantizer = layer.input_quantizer = None
     tensors |= frozen.state_dict()

@@ -148,9 +148,13 @@ class IntegerWeight(nn.Module):
         # Levels of an unsigned 2-bit grid use the field's whole range; packing keeps the low bits of either sign.
         self.signed = self.signed and quantizer.bounds()[0] < 0
         self.register_buffer("packed", ops.pack(levels.contiguous(), self.bits))
-        self.grid_names = tuple(name for name, value in grid.items() if value is not None)
-        for name in self.grid_names:
-            self.register_buffer(name, grid[name].clone())
+        self.grid_names = tuple(grid)
+        for name, value in grid.items():
+            self.register_buffer(name, value.clone())
+
+    def grid(self):
+        """Arguments of dequantize: scale, and offset, zero_point where the quantizer's grid had them."""
+        return {name: getattr(self, name) for name in self.grid_names}
 
     def integers(self):
         """The levels, int8 or uint8, in the weight's shape and order of memory."""
@@ -168,9 +172,8 @@ class IntegerWeight(nn.Module):
         return super()._apply(lambda t: at_least_float32(fn, t), recurse)
 
     def forward(self, _=None):
-        grid = {name: getattr(self, name) for name in self.grid_names}
         where = {"axis": self.axis, "group_size": self.group_size}
-        return ops.dequantize(self.integers(), dtype=self.dtype, **where, **grid)
+        return ops.dequantize(self.integers(), dtype=self.dtype, **where, **self.grid())
 
     def extra_repr(self):
         return f"shape={self.shape}, bits={self.bits}"

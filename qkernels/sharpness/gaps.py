@@ -150,5 +150,4 @@ def layer_table(model):
 
 
 def _step(quantizer):
-    scale = quantizer.grid()["scale"] if isinstance(quantizer, Quantizer) else quantizer.scale
-    return scale.abs().mean().item()
+    return quantizer.grid()["scale"].abs().mean().item()
