@@ -93,7 +93,7 @@ class Quantizer(nn.Module):
         return float(max(n, 1) * self.bounds()[1]) ** -0.5
 
     def forward(self, x):
-        if self.statistics is not None and self.role == "activation":
+        if self.statistics is not None:  # of activations, during qk.calibrate
             self.statistics.update(x)
             return x
         if self.off:
@@ -127,10 +127,7 @@ class Quantizer(nn.Module):
         if not self.started:
             self._start_from_batch(x)
         quant_min, quant_max = self.bounds()
-        grid = {
-            name: value.detach() if isinstance(value, torch.Tensor) else value
-            for name, value in self.grid().items()
-        }
+        grid = {name: value.detach() for name, value in self.grid().items()}
         x = self.prepare(x).detach()
         where = {"axis": self.axis, "group_size": self.group_size}
         return ops.quantize(x, quant_min=quant_min, quant_max=quant_max, **where, **grid), grid
@@ -147,7 +144,7 @@ class Quantizer(nn.Module):
     def start_on(self, x):
         """Start from x: a weight, or what the processes agree on for their parts of a batch."""
         statistics = Statistics(self.axis, self.group_size)
-        statistics.update(x.detach())
+        statistics.update(x)
         self.start_from(statistics if self.role == "weight" else statistics.agreed())
 
     def _start_from_batch(self, x):
@@ -192,20 +189,16 @@ class Quantizer(nn.Module):
         if self.state.is_meta:
             return
         bits, signed = _decoded(int(self.state))
+        other = ""
         if bits not in (None, self.bits):
-            warnings.warn(
-                f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for, for {self._description()}: "
-                "they start anew",
-                stacklevel=2,
+            other = f"{bits} bit were loaded where {self.bits} bit are asked for, for {self._description()}"
+        elif signed is not None and not self.data_decides and signed != self.signed:
+            given, own = ("a signed" if sign else "an unsigned" for sign in (signed, self.signed))
+            other = (
+                f"{given} grid were loaded for {self._description()}, whose method or setting has {own} one"
             )
-            self.state.zero_()
-            signed = None
-        if signed is not None and not self.data_decides and signed != self.signed:
-            warnings.warn(
-                f"step sizes of {'a signed' if signed else 'an unsigned'} grid were loaded for {self._description()}, "
-                f"whose method or setting has {'a signed' if self.signed else 'an unsigned'} one: they start anew",
-                stacklevel=2,
-            )
+        if other:
+            warnings.warn(f"step sizes of {other}: they start anew", stacklevel=2)
             self.state.zero_()
             signed = None
         self.started = signed is not None
