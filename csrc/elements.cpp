@@ -20,11 +20,11 @@ qk::Grid<T> grid(T scale, T offset, int64_t quant_min, int64_t quant_max, int64_
   return {qk::safe_scale(scale), offset, T(quant_min - zero_point), T(quant_max - zero_point)};
 }
 
-// Calls f with the noise kind as a constant; the normal pseudo noise differs from the uniform one in its variate only.
+// Calls f with the noise kind, as the element functions take it, as a constant.
 template <class F>
 auto with_kind(int64_t kind, F f) {
   using namespace qk;
-  switch (kind) {
+  switch (math_kind(kind)) {
     case kPlain:
       return f(std::integral_constant<int64_t, kPlain>());
     case kTempering:
@@ -34,7 +34,6 @@ auto with_kind(int64_t kind, F f) {
     case kBefore:
       return f(std::integral_constant<int64_t, kBefore>());
     case kPseudo:
-    case kPseudoNormal:
       return f(std::integral_constant<int64_t, kPseudo>());
     case kStochastic:
       return f(std::integral_constant<int64_t, kStochastic>());

@@ -85,6 +85,14 @@ inline Tensor aligned(const Tensor& t, const Tensor& x) {
   return copy;
 }
 
+inline bool same_memory_order(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), others = b.sizes();
+  bool same = std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
+  if (same && a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = sizes[d] == 1 || a.stride(d) == b.stride(d);
+  return same;
+}
+
 inline Layout layout_of(const Tensor& x, const Tensor& scale, int64_t axis) {
   const int64_t rows = scale.numel(), numel = x.numel();
   STD_TORCH_CHECK(rows > 0, "qkernels: scale is empty");

@@ -39,11 +39,6 @@ void with_kind(int64_t kind, F&& f) {
   }
 }
 
-// Noise that is added to the output leaves the gradient alone.
-inline int64_t backward_kind(int64_t kind) {
-  return kind == kTempering || kind == kAfter || kind == kShift ? int64_t(kPlain) : kind;
-}
-
 // The noise of this call, after the layer's coin has been thrown (feature perturbation is on with probability a).
 struct Drawn {
   int64_t kind;

@@ -69,14 +69,6 @@ inline Tensors in_order(const Tensors& list, const Tensors& like, const char* na
   return result;
 }
 
-inline bool same_memory_order(const Tensor& a, const Tensor& b) {
-  const auto sizes = a.sizes(), others = b.sizes();
-  bool same = std::equal(sizes.begin(), sizes.end(), others.begin(), others.end());
-  if (same && a.is_contiguous() && b.is_contiguous()) return true;
-  for (int64_t d = 0; same && d < a.dim(); ++d) same = sizes[d] == 1 || a.stride(d) == b.stride(d);
-  return same;
-}
-
 inline Tensors dense_all(const Tensors& list) {
   Tensors result;
   result.reserve(list.size());

@@ -160,6 +160,4 @@ QK_HD const Compute<S>* draw(Variates<S> from, int64_t first, int64_t count, Com
   return out + skip;
 }
 
-constexpr int64_t math_kind(int64_t kind) { return kind == kPseudoNormal ? int64_t(kPseudo) : kind; }
-
 }  // namespace qk

@@ -77,9 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward_cuda(const Tensor& gra
   const ScalarType type = compute_type(x.scalar_type());
   const Walk walk(x.numel(), layout_of(x, scale, axis));
   const RowTensors rows(device, x.scalar_type(), scale, offset, zero_point, quant_min, quant_max);
-  // Noise that is added to the output leaves the gradient alone.
-  const bool added = noise == kTempering || noise == kAfter || noise == kShift;
-  const NoiseTensors drawn(device, added ? int64_t(kPlain) : noise, a, b, seed, stream, {}, {}, x);
+  const NoiseTensors drawn(device, backward_kind(noise), a, b, seed, stream, {}, {}, x);
   const int64_t count = scale.numel(), offsets = offset ? count : 0, partials = sums_of(walk) * (offset ? 2 : 1);
   Tensor dx = allocate_like(x);
   Tensor dscale = allocate(x, count, type), doffset = allocate(x, offsets, type);

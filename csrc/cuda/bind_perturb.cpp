@@ -105,10 +105,7 @@ void multi_perturb_cuda(const Tensors& out, const Tensors& params, const Tensors
   for (size_t i = 0; i < out.size(); ++i) {
     const Tensor& w = list.tensors[i % count];
     list.device.check(out[i], "out");
-    bool same = out[i].scalar_type() == w.scalar_type() && out[i].dim() == w.dim();
-    for (int64_t d = 0; same && d < w.dim(); ++d) {
-      same = out[i].size(d) == w.size(d) && (w.size(d) == 1 || out[i].stride(d) == w.stride(d));
-    }
+    const bool same = out[i].scalar_type() == w.scalar_type() && same_memory_order(out[i], w);
     STD_TORCH_CHECK(same || w.numel() == 0, "qkernels: out differs from params in dtype, shape or memory order");
     targets.push_back(out[i].mutable_data_ptr());
   }

@@ -67,7 +67,6 @@ struct RowNumbers {
   }
 };
 
-QK_HD constexpr int64_t math_kind(int64_t kind) { return kind == kPseudoNormal ? int64_t(kPseudo) : kind; }
 constexpr bool throws_coin(int64_t kind) { return kind == kAfter || kind == kBefore; }
 
 // The variates of the chunk at element `first`, a multiple of 4.

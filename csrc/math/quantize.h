@@ -25,6 +25,14 @@ enum Noise : int64_t {
   kShift = 7,         // y + a * n, n given by the caller (a perturbation of the quantized value)
 };
 
+// The normal pseudo noise differs from the uniform one in its variate only.
+QK_HD constexpr int64_t math_kind(int64_t kind) { return kind == kPseudoNormal ? int64_t(kPseudo) : kind; }
+
+// Noise that is added to the output leaves the gradient alone.
+QK_HD constexpr int64_t backward_kind(int64_t kind) {
+  return kind == kTempering || kind == kAfter || kind == kShift ? int64_t(kPlain) : kind;
+}
+
 // The quantizer of one row. `scale` is floored and never negative; a non-finite one is NaN.
 template <class T>
 struct Grid {
