@@ -5,8 +5,20 @@ A layer's noise follows from torch's generator (seeds.py): processes with the sa
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
+# The twin of enum Noise in csrc/math/quantize.h.
 PLAIN, TEMPERING, AFTER, BEFORE, PSEUDO, PSEUDO_NORMAL, STOCHASTIC, SHIFT = range(8)
+
+
+def draws(kind: int) -> bool:
+    """Whether the kind needs random numbers."""
+    return kind not in (PLAIN, SHIFT)
+
+
+def backward_kind(kind: int) -> int:
+    """The kind as gradients see it: what is added to the output leaves them alone."""
+    return PLAIN if kind in (TEMPERING, AFTER, SHIFT) else kind
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class StochasticRounding:
 
 
 Noise = Tempering | FeaturePerturbation | Pseudo | StochasticRounding
-KINDS = (Tempering, FeaturePerturbation, Pseudo, StochasticRounding)  # compilers do not look into a union
+KINDS = get_args(Noise)  # compilers do not look into a union
 
 
 def _number(value) -> bool:

@@ -36,16 +36,16 @@ backend.define(
 )
 
 
-def _serving(name, x, noise, quiet=()):
+def _serving(name, x, noise):
     """Who computes an op: what ``backend`` says, but in a graph that is compiled for the CPU the formula itself.
 
     A compiler puts it into the loops before and behind it: a step of resnet20 takes 0.7 of the time. Not in 16 bits,
     whose rounding between these loops is lost, not on CUDA, where compiled divisions are not exact, and not with noise,
-    whose integers make long loops. ``quiet``: further kinds of which this op draws nothing.
+    whose integers make long loops.
     """
     if (
         torch.compiler.is_compiling()
-        and (noise in (noises.PLAIN, noises.SHIFT) or noise in quiet)
+        and not noises.draws(noise)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and backend.forced() is None
@@ -82,7 +82,7 @@ class FakeQuantize(torch.autograd.Function):
     def inside_compile(x, scale, offset, zero_point, seed, shift, shift_scale, *settings):
         """The values, and a zero with the surrogate's derivatives, for transforms that differentiate what is here."""
         axis, quant_min, quant_max, _, _, ewgs, noise, a, b, stream = settings
-        if ewgs != 0 or noise not in (noises.PLAIN, noises.SHIFT):
+        if ewgs != 0 or noises.draws(noise):
             raise NotImplementedError(
                 "fake_quantize with noise or ewgs cannot be in a torch.func transform inside torch.compile: put "
                 "the transform outside, as in vmap(torch.compile(f))"
@@ -123,7 +123,7 @@ class FakeQuantizeBackward(torch.autograd.Function):
     @staticmethod
     def forward(grad, x, scale, offset, zero_point, seed, axis, quant_min, quant_max, grad_scale, clip_only, ewgs,
                 noise, a, b, stream):  # fmt: skip
-        run = _serving("fake_quantize_backward", x, noise, quiet=(noises.TEMPERING, noises.AFTER))
+        run = _serving("fake_quantize_backward", x, noises.backward_kind(noise))
         return run(grad, x, scale, offset, zero_point, axis, quant_min, quant_max, grad_scale, clip_only, ewgs, noise,
                    a, b, seed, stream)  # fmt: skip
 
@@ -201,7 +201,7 @@ FakeQuantizeBackward.forward_mode = BackwardForwardMode
 def _slopes(saved, settings):
     x, scale, offset, zero_point, seed = saved
     axis, quant_min, quant_max, _, clip_only, _, noise, a, _, stream = settings
-    kind = noises.PLAIN if noise in (noises.TEMPERING, noises.AFTER, noises.SHIFT) else noise
+    kind = noises.backward_kind(noise)
     with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
         return reference.slopes(x, scale, offset, zero_point, axis, quant_min, quant_max, clip_only, kind, a, seed,
                                 stream)  # fmt: skip

@@ -47,7 +47,7 @@ class _Element:
             torch.as_tensor(b - zero, device=x.device).to(scale.dtype) for b in (quant_min, quant_max)
         )
         self.n = None
-        if kind not in (noise.PLAIN, noise.SHIFT):
+        if noise.draws(kind):
             self.n = layout.rowwise(_variate(x, kind, a, seed, stream), rows, axis)
         v = (_compute(like) - self.offset) / self.scale
         self.v = v + self.n if kind == noise.BEFORE else v
@@ -119,7 +119,7 @@ def fake_quantize_backward(grad, x, scale, offset, zero_point, axis, quant_min, 
     ``clip_only`` drops the inside term of dscale (PACT). Noise added to the output leaves all of it unchanged.
     """
     rows = scale.numel()
-    kind = noise.PLAIN if kind in (noise.TEMPERING, noise.AFTER, noise.SHIFT) else kind
+    kind = noise.backward_kind(kind)
     like = layout.ordered(x, rows, axis)
     outside, term, error = slopes(x, scale, offset, zero_point, axis, quant_min, quant_max, clip_only, kind, a, seed,
                                   stream)  # fmt: skip

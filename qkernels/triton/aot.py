@@ -3,7 +3,7 @@
 import itertools
 
 from .. import noise
-from . import moments, perturb, walk
+from . import moments, perturb
 from .integer import BYTES, dequantize_kernel, pack_kernel, quantize_kernel, unpack_kernel
 from .quantizer import fake_quantize_backward_kernel, fake_quantize_kernel, sum_rows_kernel
 
@@ -43,7 +43,7 @@ def _spec(name, kernel, storage, constants, absent=(), types=_POINTERS, warps=No
     aligned = [
         a for a, kind in signature.items() if kind[0] == "*" or a in ("width", "stride", "numel", "size")
     ]
-    heavy = kernel is fake_quantize_backward_kernel or walk.draws(constants.get("KIND", noise.PLAIN))
+    heavy = kernel is fake_quantize_backward_kernel or noise.draws(constants.get("KIND", noise.PLAIN))
     return name, kernel, signature, constants, aligned, warps or (8 if heavy else 4)
 
 
@@ -53,12 +53,12 @@ def aot_specs() -> list:
     for storage, (way, blocks) in itertools.product(_STORAGES, _WALKS.items()):
         for kind in range(8):
             shift = () if kind == noise.SHIFT else ("shift_ptr", "shift_scale_ptr")
-            seed = ("seed_ptr",) if kind in (noise.PLAIN, noise.SHIFT) else ()
+            seed = () if noise.draws(kind) else ("seed_ptr",)
             wide, plain = kind == noise.PLAIN, {"KIND": kind} | blocks
             absent = (*shift, *seed) + (() if wide else ("zero_point_ptr",))
             specs.append(_spec(f"fake_quantize {kind} {storage} {way}", fake_quantize_kernel, storage,
                                plain | {"WIDE": wide}, absent))  # fmt: skip
-            if kind in (noise.TEMPERING, noise.AFTER, noise.SHIFT):
+            if noise.backward_kind(kind) != kind:
                 continue
             absent = (*seed, "zero_point_ptr") + (
                 ("offset_ptr", "doffset_ptr") if kind == noise.PLAIN else ()

@@ -120,11 +120,7 @@ def standardized_distance(student, teacher, axis, eps, mean):
     t, rows = layout.aligned(teacher, s), student.shape[axis]
     inner, n = layout.rows_inner(s, rows, axis)[1], s.numel() // rows
     w = walk.plan(s, rows, axis)
-    steps = w.steps()
-    down, across = (
-        (triton.cdiv(w.down, steps), w.across) if w.by_column else (w.down, triton.cdiv(w.across, steps))
-    )
-    count = down if w.by_column else w.height // rows * across
+    steps, down, across, count = w.reduction()
     partial = s.new_empty(5 * rows * count, dtype=torch.float64)
     distance, moments = s.new_empty(rows, dtype=torch.float32), s.new_empty((5, rows), dtype=torch.float64)
     walk.launch(moments_kernel, down * across, s, s, t, partial, w.height, w.width, w.stride, rows, inner, across,

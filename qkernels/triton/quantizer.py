@@ -120,7 +120,7 @@ def fake_quantize(x, scale, offset, zero_point, axis, quant_min, quant_max, kind
         fake_quantize_kernel, w.down * w.across, x, x, y, *map(walk.row_values, (scale, offset, zero_point, seed)),
         shift, shift_scale, quant_min, quant_max, a, b, stream, w.height, w.width, w.stride, w.rows, w.across,
         KIND=kind, WIDE=is_wide(zero_point, quant_min, quant_max), BY_COLUMN=w.by_column, QUADS=w.quads, R=w.R, W=w.W,
-        num_warps=8 if walk.draws(kind) else 4,
+        num_warps=8 if noise.draws(kind) else 4,
     )  # fmt: skip
     return y
 
@@ -136,13 +136,9 @@ def fake_quantize_backward(grad, x, scale, offset, zero_point, axis, quant_min, 
     grad, dx = layout.aligned(grad, x), torch.empty_like(x)
     if x.numel() == 0:
         return dx, scale.new_zeros(rows), scale.new_zeros(0 if offset is None else rows)
-    kind = noise.PLAIN if kind in (noise.TEMPERING, noise.AFTER, noise.SHIFT) else kind
+    kind = noise.backward_kind(kind)
     w = walk.plan(x, rows, axis, kind)
-    steps = w.steps()
-    down, across = (
-        (triton.cdiv(w.down, steps), w.across) if w.by_column else (w.down, triton.cdiv(w.across, steps))
-    )
-    count = down if w.by_column else w.height // rows * across
+    steps, down, across, count = w.reduction()
     partial = [scale.new_empty(rows * count) if wanted else None for wanted in (True, offset is not None)]
     scale, offset, zero_point, seed = map(walk.row_values, (scale, offset, zero_point, seed))
     walk.launch(

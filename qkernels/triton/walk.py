@@ -52,6 +52,15 @@ class Walk:
         most = self.down if self.by_column else self.across
         return max(1, min(STEPS, most, self.down * self.across // PROGRAMS))
 
+    def reduction(self) -> tuple[int, int, int, int]:
+        """(steps, down, across, count): down * across programs of ``steps`` blocks leave ``count`` sums of each row."""
+        steps = self.steps()
+        if self.by_column:
+            down = triton.cdiv(self.down, steps)
+            return steps, down, self.across, down
+        across = triton.cdiv(self.across, steps)
+        return steps, self.down, across, self.height // self.rows * across
+
 
 def plan(x: torch.Tensor, rows: int, axis: int, kind: int = noise.PLAIN) -> Walk:
     """The walk over a dense, non-empty x. A Philox counter per element takes registers: half a block."""
@@ -61,7 +70,7 @@ def plan(x: torch.Tensor, rows: int, axis: int, kind: int = noise.PLAIN) -> Walk
     height = x.numel() // width
     # A stride of 0 tells the compiler that a single row begins where the tensor does: aligned.
     stride = 0 if height == 1 else width
-    block = BLOCK // 2 if draws(kind) and stride % 4 else BLOCK
+    block = BLOCK // 2 if noise.draws(kind) and stride % 4 else BLOCK
     W = _block_width(width, COLUMNS if by_column else block)
     R = min(block // W, triton.next_power_of_2(height))
     return Walk(height, width, stride, rows, by_column, R, W)
@@ -73,11 +82,6 @@ def _block_width(width: int, widest: int) -> int:
     while W > 32 and 4 * triton.cdiv(width, W) * W > 5 * width:
         W //= 2
     return W
-
-
-def draws(kind: int) -> bool:
-    """Whether the noise is drawn here."""
-    return kind not in (noise.PLAIN, noise.SHIFT)
 
 
 def launch(kernel, programs: int, like: torch.Tensor, *args, num_warps: int = 4, **constants) -> None:
