@@ -13,6 +13,7 @@ from . import quantizers as q
 from .observe import Statistics, run_first, share_reached
 from .qconfig import QConfig
 from .seeds import SeedSource
+from .tabulate import columns
 from .wrapped import check_whole, refresh, settle, unwrapped
 
 
@@ -290,10 +291,7 @@ def summary(model):
         return "no quantized layer"
     for name, layer, _ in candidates.left_in_float(model):
         rows.append((name, type(layer).__name__, "float", "-", "-", "float", "-", "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    return "\n".join(columns(rows))
 
 
 def _describe(quantizer):

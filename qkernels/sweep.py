@@ -7,11 +7,11 @@ import multiprocessing
 import os
 import re
 import signal
-import statistics
 import tempfile
 from pathlib import Path
 
 from .files import write_json, write_text
+from .tabulate import markdown, spread
 from .training.cells import Cell, check_cells, check_device_and_data, done, results, work
 from .training.log import read_json, say
 from .training.recipe import SETTINGS, _toml, overlap, parse_assignment
@@ -277,9 +277,7 @@ def write_table(grid, out):
     for key, (size, members) in groups.items():
         row = dict(zip(grid["by"], json.loads(key))) | {"finished": len(members), "cells": size}
         for name in _COLUMNS if members else ():
-            values = [member[name] for member in members]
-            row[name] = statistics.fmean(values)
-            row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+            row[name], row[f"{name}_std"] = spread([member[name] for member in members])
         rows.append(row)
     text = _markdown(grid["by"], rows)
     if out.is_dir():
@@ -289,8 +287,7 @@ def write_table(grid, out):
 
 
 def _markdown(by, rows):
-    headers = [*by, "Models", *(name for name, _, _ in _COLUMNS.values())]
-    lines = [headers, ["---"] * len(headers)]
+    lines = []
     for row in rows:
         count = (
             str(row["cells"]) if row["finished"] == row["cells"] else f"{row['finished']} of {row['cells']}"
@@ -299,10 +296,8 @@ def _markdown(by, rows):
         for name, (_, factor, digits) in _COLUMNS.items():
             cells.append(f"{factor * row[name]:.{digits}f}" if name in row else "-")
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
-    )
+    headers = [*by, "Models", *(name for name, _, _ in _COLUMNS.values())]
+    return "\n".join(markdown(headers, lines))
 
 
 def _word(value):

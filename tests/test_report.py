@@ -13,7 +13,8 @@ import pytest
 
 from qkernels import cli
 from qkernels.report import charts, write_report
-from qkernels.report.runs import find_runs, group_runs, spread
+from qkernels.report.runs import find_runs, group_runs
+from qkernels.tabulate import spread
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "img", "br", "circle", "line", "rect", "polyline", "link", "input"}

@@ -175,7 +175,7 @@ def table(rows, as_markdown=False, issue=""):
                 str(count),
             )
         )
-    return "\n".join(results.markdown(lines) if as_markdown else results.align(lines))
+    return results.text(lines, as_markdown)
 
 
 def met(rows):

@@ -47,7 +47,7 @@ def main(args):
         )
         if verdict.startswith("FAIL"):
             failed.append(results.label(after))
-    print("\n".join(results.align(lines)))
+    print(results.text(lines))
     for name, rows in ((args.base, gone), (args.new, added)):
         if rows:
             print(f"only in {name}: {'; '.join(map(results.label, rows))}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import write_text
+from ..tabulate import columns
 from .rows import BASELINES, OURS, RIVALS
 
 FIELDS = ("op", "case", "backend", "dtype", "threads", "median_ms", "p20_ms", "p80_ms", "bytes", "gb_per_s",
@@ -142,21 +143,16 @@ def cells(rows):
     return lines
 
 
-def align(lines):
-    """Lines of cells as lines of text, in columns."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
-
-
-def markdown(lines):
-    """Lines of cells as a Markdown table."""
-    text = ["| " + " | ".join(line) + " |" for line in lines]
-    return [text[0], "|" + " --- |" * len(lines[0]), *text[1:]]
+def text(lines, as_markdown=False):
+    """Lines of cells as text in columns, or as a Markdown table."""
+    if not as_markdown:
+        return "\n".join(columns(lines))
+    first, *rest = ("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join([first, "|" + " --- |" * len(lines[0]), *rest])
 
 
 def table(rows, as_markdown=False):
     """The rows as text; columns without any value are left out."""
     lines = cells(rows)
     used = [i for i in range(len(HEADER)) if i < 3 or any(line[i] != "-" for line in lines[1:])]
-    lines = [tuple(line[i] for i in used) for line in lines]
-    return "\n".join(markdown(lines) if as_markdown else align(lines))
+    return text([tuple(line[i] for i in used) for line in lines], as_markdown)

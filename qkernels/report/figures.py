@@ -1,8 +1,8 @@
 """The report's tables and plots of `qkernels measure --figures`: noise, gradients, the trace along training."""
 
+from ..tabulate import spread
 from . import charts
 from .html import figure, legend, table
-from .runs import spread
 
 _NORMS = {"none": "‖g‖", "weights": "noise on weights", "features": "noise on features"}
 

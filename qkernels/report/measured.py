@@ -4,9 +4,9 @@ import math
 from html import escape
 
 from ..sharpness.formulas import NAMES
+from ..tabulate import spread
 from . import charts, figures
 from .html import figure, legend, picture, table
-from .runs import spread
 
 _SHORT = ("Init", "Orig", "Mag-Init", "Mag-Orig") * 2
 _KINDS = {"latent": "latent weights", "quantized": "quantized weights"}

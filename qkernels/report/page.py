@@ -2,9 +2,9 @@
 
 from html import escape
 
+from ..tabulate import spread
 from . import charts, measured
 from .html import document, figure, legend, table
-from .runs import spread
 
 _GAP = "Gap: test loss − training loss. Step: median of one optimizer step."
 

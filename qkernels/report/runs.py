@@ -1,7 +1,6 @@
 """The runs of a report: what is in their folders, and which of them differ in the seed alone."""
 
 import json
-import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,10 +148,3 @@ def _flat(config, prefix=""):
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
-
-
-def spread(values):
-    """(mean, sample standard deviation); None where there are no values, or one."""
-    if not values:
-        return None, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -4,6 +4,8 @@ import statistics
 from pathlib import Path
 
 from ..files import write_json, write_text
+from ..sweep import exit_code, run_cells
+from ..tabulate import markdown, spread
 from .cells import Cell, check_cells
 from .cells import results as read_results
 from .log import read_json, read_log
@@ -36,8 +38,6 @@ def add_arguments(parser):
 
 def main(args):
     """Runs `qkernels tables`; returns the exit code, 1 where a cell failed or is left."""
-    from ..sweep import exit_code
-
     for name in ("seeds", "batches", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -69,8 +69,6 @@ def main(args):
 
 def _train(starts, cells, out, args):
     """The float models, then what starts from them; returns as `run_cells`."""
-    from ..sweep import run_cells
-
     options = {key: getattr(args, key) for key in ("workers", "quiet", "device", "threads", "retry")}
     stopped, errors = run_cells(starts, out, **options)
     if stopped:
@@ -208,10 +206,7 @@ def _row(table, row, bits, seeds, runs):
 
 
 def _spread(name, values):
-    return {
-        name: statistics.fmean(values) if values else None,
-        f"{name}_std": statistics.stdev(values) if len(values) > 1 else None,
-    }
+    return dict(zip((name, f"{name}_std"), spread(values)))
 
 
 def as_text(table, bits, rows):
@@ -221,16 +216,14 @@ def as_text(table, bits, rows):
         "",
         *(f"{name}{suffix}" for name in names for suffix in ("", *(f" {c}" for c in table.columns))),
     ]
-    lines = [headers, ["---"] * len(headers)]
+    lines = []
     for row in rows:
         cells = [row["name"]]
         for name in names:
             entry = row["columns"][name]
             cells += [_accuracy(entry), *(_number(entry[column]) for column in table.columns)]
         lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(headers))]
-    body = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines]
-    return "\n".join([f"**{table.title}**", "", *body])
+    return "\n".join([f"**{table.title}**", "", *markdown(headers, lines)])
 
 
 def _accuracy(entry):
