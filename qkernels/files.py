@@ -48,6 +48,15 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8")
 
 
+def read_object(path):
+    """The object in a JSON file; None where it is damaged or holds something else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def json_text(value):
     """ValueError for a NaN or an infinity, which JSON lacks."""
     return json.dumps(value, indent=1, allow_nan=False) + "\n"

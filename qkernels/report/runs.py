@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import read_object
 from ..training.log import read_log
 
 _APART = ("seed", "versions", "init", "summary")  # in which runs of one group may differ; init by seed alone
@@ -80,19 +81,15 @@ def _below(folder):
 
 
 def _read_run(path):
-    config = _json(path / "config.json", None)
+    config = _found(path / "config.json")
     if config is None or any(key not in config for key in (*_SHOWN, "seed", "epochs")):
         raise ValueError(f"runs: {path / 'config.json'} is not the config of a run")
-    result, measures = _json(path / "result.json", None), _json(path / "measures.json", {})
+    result, measures = _found(path / "result.json"), _found(path / "measures.json") or {}
     return Run(path, config, result, read_log(path), measures)
 
 
-def _json(path, default):
-    try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return default
-    return value if isinstance(value, dict) else default
+def _found(path):
+    return read_object(path) if path.exists() else None
 
 
 def group_runs(runs):

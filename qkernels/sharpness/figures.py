@@ -17,10 +17,11 @@ from ..quantizers import Quantizer
 from ..random import normal
 from ..seeds import SeedSource
 from ..training import build, checkpoint, distributed, start
+from ..training.config import starts_from_float
 from .curvature import hessian
 from .data import Data
 from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
-from .subject import _shadow, check_at_least, logits_of
+from .subject import check_at_least, check_module, check_positive, logits_of, shadow
 
 _TRACED = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -138,8 +139,7 @@ def cosine_of_gradients(model, loader, criterion=F.cross_entropy, rho=0.3, case=
 
     Returns: GradientCosine. Raises: ValueError naming the argument. Source: SAQ, fig. 4 and eq. 15.
     """
-    if not isinstance(rho, (int, float)) or not 0 < rho < math.inf:
-        raise ValueError(f"rho must be a positive number, got {rho!r}")
+    check_positive(rho=rho)
     model = _private(model, training)
     base = torch.optim.SGD(param_groups(model, lr=0.0), lr=0.0)
     if case is None:
@@ -206,7 +206,7 @@ def training_epochs(config, device="cpu", *, workers=4):
     Args: config: of ``qkernels.training.make_config``; a quantized run that starts from a float one needs
         its ``init``. Raises: ValueError naming the setting.
     """
-    if config["method"] and config["init"] is None and config["float_recipe"]:
+    if starts_from_float(config):
         raise ValueError(
             "config: init must be the folder or file of the float weights to start from, got None"
         )
@@ -271,23 +271,21 @@ def _compared(model):
     if isinstance(model, dict):
         if not model:
             raise ValueError("model must be a module or a dict of modules, got an empty dict")
-        wrong = [v for v in model.values() if not isinstance(v, nn.Module)]
-        if wrong:
-            raise TypeError(f"model must be a torch.nn.Module, got {type(wrong[0]).__name__}")
-        return {name: _shadow(m) for name, m in model.items()}
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for m in model.values():
+            check_module(m)
+        return {name: shadow(m) for name, m in model.items()}
+    check_module(model)
     layers = [m for m in model.modules() if isinstance(m, qnn._Quantized)]
     if not layers:
-        return {"float": _shadow(model)}
+        return {"float": shadow(model)}
     if any(isinstance(m.weight_quantizer, qnn.IntegerWeight) for m in layers):
-        return {"quantized": _shadow(model)}
-    return {"quantized": _shadow(model), "without quantizers": _without_quantizers(model)}
+        return {"quantized": shadow(model)}
+    return {"quantized": shadow(model), "without quantizers": _without_quantizers(model)}
 
 
 def _without_quantizers(model):
     """The network on its latent weights, standardised where the quantizer does that first."""
-    model = _shadow(model)
+    model = shadow(model)
     for layer in model.modules():
         if not isinstance(layer, qnn._Quantized):
             continue
@@ -299,8 +297,7 @@ def _without_quantizers(model):
 
 def _private(model, training):
     """A copy to differentiate and perturb."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if not learned_weights(model):
         raise ValueError("model has no weights that learn: all have requires_grad=False")
     return copy.deepcopy(model).train(training)

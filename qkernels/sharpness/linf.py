@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..perturbation import perturb
 from .data import Data
 from .saved import Saved
-from .subject import Subject, check_at_least, check_choice, check_criterion
+from .subject import Subject, check_at_least, check_choice, check_criterion, check_positive
 
 
 @dataclass
@@ -48,11 +48,7 @@ def linf_sharpness(model, loader, criterion=F.cross_entropy, rho=1e-3, *, steps=
     """
     check_at_least(steps=steps, restarts=restarts)
     check_choice("ball", ball, ("constant", "magnitude"))
-    for name, value in (("rho", rho), ("step_size", step_size)):
-        if (value is not None or name == "rho") and not (
-            isinstance(value, (int, float)) and 0 < value < math.inf
-        ):
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
+    check_positive(rho=rho, **({} if step_size is None else {"step_size": step_size}))
     check_criterion(criterion)
     step_size = max(2.5 / steps, 0.1) * rho if step_size is None else step_size
     subject = Subject(model, weights, parameters)

@@ -1,7 +1,6 @@
 """`qkernels measure`: every measure of one trained run, in the run's folder."""
 
 import copy
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -12,15 +11,18 @@ import torch.nn.functional as F
 
 from ..convert import quantizers
 from ..corruptions import SEVERITIES
+from ..files import read_object
 from ..training import build, checkpoint, load_run
+from ..training.log import progress_bar
 from ..training.run import EPOCHS
 from .curvature import hessian
 from .figures import cosine_of_gradients, gradient_norms, hessian_trace_along, output_variance
 from .gaps import generalization, layer_table
 from .linf import linf_sharpness
-from .measures import Report, measure
+from .measures import CHOICES, Report, measure
 from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
 from .saved import digest, write_json
+from .subject import WEIGHTS
 from .surface import landscape
 
 RADII = (1e-3, 5e-4)
@@ -28,7 +30,6 @@ RADII = (1e-3, 5e-4)
 FULL = {"bounds": (10, 15, 20), "linf": 20, "top": 3, "trace": 32, "size": 25, "severities": SEVERITIES}
 QUICK = {"bounds": (3, 8, 5), "linf": 5, "top": 1, "trace": 8, "size": 9, "severities": (1, 5)}
 QUICK_BATCHES = 4
-SEARCH = ("over", "ball", "target", "parameters")
 FIGURES = {
     "output_variance": OutputVariance,
     "gradient_norms": GradientNorms,
@@ -41,7 +42,7 @@ def add_arguments(parser):
     """Declares the arguments of `qkernels measure`."""
     flag = parser.add_argument
     flag("folder", metavar="RUN_DIR", help="a folder that `qkernels train` wrote")
-    kinds = ("latent", "quantized", "both")
+    kinds = (*WEIGHTS, "both")
     flag("--weights", choices=kinds, default="latent", help="perturb them before or after their quantizers")
     flag("--landscape", action="store_true", help="also landscape_latent.png (or _quantized) and its numbers")
     flag(
@@ -63,25 +64,14 @@ def add_arguments(parser):
     )
     flag("--batch-size", type=int, metavar="N", help="of the measurement (default: the run's)")
     flag("--which", choices=("checkpoint", "best"), default="checkpoint", help="the last weights or the best")
-    flag("--noise", choices=("std", "variance"), default="std", help="sigma, or sigma^2, is the deviation")
-    flag(
-        "--over",
-        choices=("worst", "mean"),
-        default="worst",
-        help="alpha: of the copies (QGen, B.2: the mean)",
-    )
-    flag(
-        "--ball", choices=("linf", "l2"), default="linf", help="of alpha: each weight's, or all weights' norm"
-    )
-    flag(
-        "--target", choices=("accuracy", "loss"), default="accuracy", help="what moves by 0.1 in the searches"
-    )
-    flag(
-        "--parameters",
-        choices=("weights", "all"),
-        default="weights",
-        help="all: BatchNorm's, too, are perturbed",
-    )
+    for name, text in (
+        ("noise", "sigma, or sigma^2, is the deviation"),
+        ("over", "alpha: of the copies (QGen, B.2: the mean)"),
+        ("ball", "of alpha: each weight's, or all weights' norm"),
+        ("target", "what moves by 0.1 in the searches"),
+        ("parameters", "all: BatchNorm's, too, are perturbed"),
+    ):
+        flag(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0], help=text)
     flag("--seed", type=int, default=0, metavar="N", help="of the random draws (default: 0)")
     flag("--device", default="auto", help="auto (default), cpu, cuda, cuda:1")
     flag("--threads", type=int, metavar="N", help="CPU threads")
@@ -103,7 +93,7 @@ def main(args):
         torch.set_num_threads(args.threads)
     out = Path(args.folder)
     model, data, config = load_run(out, args.device, args.batch_size, args.which)
-    kinds = ("latent", "quantized") if args.weights == "both" else (args.weights,)
+    kinds = WEIGHTS if args.weights == "both" else (args.weights,)
     if not config["method"]:
         kinds = ("latent",)  # a float run has no quantizers to be before or after
     run = Run(args, out, model, data, config)
@@ -137,7 +127,7 @@ class Run:
         self.path, self.progress = out / "measures.json", Progress(args.quiet)
         settings = {
             "quick": args.quick,
-            **{name: getattr(args, name) for name in ("noise", *SEARCH)},
+            **{name: getattr(args, name) for name in CHOICES},
             "which": args.which,
             "batch_size": args.batch_size or config["batch_size"],
             "weights": digest(model.parameters()),
@@ -268,11 +258,8 @@ def _ascent(model, config):
 
 def _read(path, settings):
     """What an earlier call with the same settings measured; one with others is refused, it may have taken hours."""
-    try:
-        values = json.loads(path.read_text())
-    except ValueError:
-        values = None
-    if not isinstance(values, dict) or "settings" not in values:  # damaged
+    values = read_object(path)
+    if values is None or "settings" not in values:  # damaged
         return {"settings": settings}
     old = values["settings"]
     differs = [f"{k} {old.get(k)} instead of {v}" for k, v in settings.items() if old.get(k) != v]
@@ -293,7 +280,7 @@ def table(results):
         lines.append(
             f"corrupted: loss {mean['loss']:.4f}  accuracy {mean['acc']:.2%}    gap {mean['gap']:.4f}"
         )
-    for kind in ("latent", "quantized"):
+    for kind in WEIGHTS:
         if f"hessian_{kind}" not in results:
             continue
         lines.append("")
@@ -325,19 +312,9 @@ class Progress:
             return
         if what != self.what:
             self.close()
-            self.what, self.bar = what, _bar(what, of)
+            self.what, self.bar = what, progress_bar(total=of, desc=what)
         if self.bar is not None:
             self.bar.n = done
             self.bar.refresh()
         elif done == of:
             print(f"{what}: done", file=sys.stderr, flush=True)
-
-
-def _bar(what, of):
-    if not sys.stderr.isatty():
-        return None
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=of, desc=what, leave=False)

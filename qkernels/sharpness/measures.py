@@ -1,6 +1,5 @@
 """The eight measures: four searches for the largest perturbation a network stands, and formulas over them."""
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -10,21 +9,22 @@ import torch
 import torch.nn.functional as F
 
 from .. import ops
+from ..files import read_object
 from ..perturbation import perturb
 from . import formulas
 from .data import Data
 from .saved import Saved, write_json
 from .search import Counter, Rule, Scores, bisect
-from .subject import Copies, Subject, check_at_least, check_choice, initial_values
+from .subject import PARAMETERS, Copies, Subject, check_at_least, check_choice, check_positive, initial_values
 
 SEARCHES = ("sigma", "sigma_mag", "alpha", "alpha_mag")
-_CHOICES = {
-    "weights": ("latent", "quantized"),
+# The first of each is the default.
+CHOICES = {
     "noise": ("std", "variance"),
-    "target": ("accuracy", "loss"),
-    "ball": ("linf", "l2"),
     "over": ("worst", "mean"),
-    "parameters": ("weights", "all"),
+    "ball": ("linf", "l2"),
+    "target": ("accuracy", "loss"),
+    "parameters": PARAMETERS,
 }
 
 
@@ -263,19 +263,16 @@ def _size_stderr(found):
 
 
 def _check(settings):
-    for name, accepted in _CHOICES.items():
+    for name, accepted in CHOICES.items():
         check_choice(name, settings[name], accepted)
     check_at_least(iterations=settings["iterations"], samples=settings["samples"])
     if not isinstance(settings["ascent_steps"], int) or settings["ascent_steps"] < 0:
         raise ValueError(f"ascent_steps must be an int >= 0, got {settings['ascent_steps']!r}")
     if not isinstance(settings["seed"], int):
         raise ValueError(f"seed must be an int, got {settings['seed']!r}")
-    for name in ("target_deviation", "tolerance", "upper", "ascent_lr", "eps", "delta", "m", "confidence"):
-        value = settings[name]
-        if value is None and name in ("delta", "m", "confidence"):
-            continue
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
+    needed = ("target_deviation", "tolerance", "upper", "ascent_lr", "eps")
+    given = [name for name in ("delta", "m", "confidence") if settings[name] is not None]
+    check_positive(**{name: settings[name] for name in (*needed, *given)})
 
 
 def _resume(out, settings, network):
@@ -283,11 +280,8 @@ def _resume(out, settings, network):
     fresh = {"settings": settings, "network": network, "searches": {}, "before": {}}
     if out is None or not Path(out).exists():
         return fresh
-    try:
-        old = json.loads(Path(out).read_text())
-    except ValueError:
-        return fresh
-    same = isinstance(old, dict) and old.get("settings") == settings and old.get("network") == network
+    old = read_object(out) or {}
+    same = old.get("settings") == settings and old.get("network") == network
     return {**fresh, "searches": old["searches"], "before": old["cost"]} if same else fresh
 
 

@@ -71,11 +71,11 @@ class GradientNorms(Drawn):
         axes = figure.subplots()
         for name, values in self.norms.items():
             what = "no noise" if name == "none" else f"noise on {name}"
-            (mean,) = _numbers([self.mean[name]])
-            axes.plot(_numbers(values), marker=".", label=f"{what} (mean {mean:.3g})")
+            (mean,) = numbers([self.mean[name]])
+            axes.plot(numbers(values), marker=".", label=f"{what} (mean {mean:.3g})")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="batch", ylabel="norm of the gradient of the weights")
-        finite = [v for v in sum(map(_numbers, self.norms.values()), []) if math.isfinite(v)]
+        finite = [v for v in sum(map(numbers, self.norms.values()), []) if math.isfinite(v)]
         axes.set_ylim(0, 1.1 * max(finite, default=1.0) or 1.0)
         axes.legend()
 
@@ -97,7 +97,7 @@ class GradientCosine(Drawn):
 
     def _draw(self, figure):
         axes = figure.subplots()
-        values = _numbers(self.cosine)
+        values = numbers(self.cosine)
         axes.plot(values, marker=".")
         if self.mean is not None:
             axes.axhline(self.mean, linestyle="--", label=f"mean {self.mean:.3f}")
@@ -120,8 +120,8 @@ class TraceAlong(Drawn):
         axes = figure.subplots()
         for name, run in self.runs.items():
             bars = [e or 0.0 for e in run["stderr"]]
-            axes.errorbar(run["epochs"], _numbers(run["trace"]), bars, marker="o", capsize=3, label=name)
-        values = sum((_numbers(run["trace"]) for run in self.runs.values()), [])
+            axes.errorbar(run["epochs"], numbers(run["trace"]), bars, marker="o", capsize=3, label=name)
+        values = sum((numbers(run["trace"]) for run in self.runs.values()), [])
         if 0 < 10 * min(values) < max(values):
             axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -130,6 +130,6 @@ class TraceAlong(Drawn):
             axes.legend()
 
 
-def _numbers(values):
+def numbers(values):
     """JSON has no NaN: what it left out."""
     return [math.nan if v is None else v for v in values]

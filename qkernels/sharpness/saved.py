@@ -1,10 +1,8 @@
 """Results as JSON files: written in one step, read back whole, and told apart by the weights they are of."""
 
 import hashlib
-import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -21,18 +19,15 @@ class Saved:
     def to_json(self, path=None):
         """Write it, atomically, and return the path; without a path return the text."""
         if path is None:
-            return files.json_text(_finite(self.to_dict()))
+            return files.json_text(finite(self.to_dict()))
         write_json(path, self.to_dict())
         return path
 
     @classmethod
     def from_json(cls, path):
         """Read what to_json wrote; ValueError where the file holds something else."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except ValueError:
-            values = None
-        if not isinstance(values, dict) or set(values) != cls._fields():
+        values = files.read_object(path)
+        if values is None or set(values) != cls._fields():
             raise ValueError(f"path must be the {cls.__name__} of a to_json, {path} is not")
         return cls(**values)
 
@@ -51,12 +46,13 @@ def digest(tensors):
 
 def write_json(path, value):
     """Write a file whole; a measure that is infinite or NaN becomes null."""
-    files.write_json(path, _finite(value))
+    files.write_json(path, finite(value))
 
 
-def _finite(value):
+def finite(value):
+    """The same with None for what is infinite or NaN."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """What is perturbed: the weights of a model, and the model evaluated at other values of them without being touched."""
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -14,6 +15,7 @@ from ..candidates import left_in_float
 from ..convert import quantizers
 from ..wrapped import check_parameter, check_whole, unwrapped
 
+WEIGHTS, PARAMETERS = ("latent", "quantized"), ("weights", "all")
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
 
 
@@ -34,13 +36,12 @@ class Subject:
     """
 
     def __init__(self, model, weights="latent", parameters="weights"):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        check_choice("weights", weights, ("latent", "quantized"))
-        check_choice("parameters", parameters, ("weights", "all"))
+        check_module(model)
+        check_choice("weights", weights, WEIGHTS)
+        check_choice("parameters", parameters, PARAMETERS)
         check_whole(model, "a measure")
         self.weights, self.parameters = weights, parameters
-        self.model = _shadow(model)
+        self.model = shadow(model)
         quantizer_of = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, qnn._Quantized) and layer.weight_quantizer is not None:
@@ -117,7 +118,7 @@ def initial_values(model, state, subject):
         shape = tuple(state[name].shape) if name in state else None
         if shape != tuple(value.shape):
             raise ValueError(f"initial must hold {name} of shape {tuple(value.shape)}, got {shape}")
-    start = _shadow(model)
+    start = shadow(model)
     for p in start.parameters():
         p.data = p.data.clone()
     own = start.state_dict()
@@ -167,6 +168,11 @@ class Copies:
         return torch.stack([self.subject.logits(e, x) for e, x in zip(self.effective, each, strict=True)])
 
 
+def check_module(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def check_choice(name, value, accepted):
     if value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
@@ -186,6 +192,13 @@ def check_at_least(**given):
     for name, value in given.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def check_positive(**given):
+    """Numbers that must be positive and finite: ValueError naming the first that is not."""
+    for name, value in given.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def logits_of(output):
@@ -216,7 +229,7 @@ def _warn_of_others(model):
         )
 
 
-def _shadow(model):
+def shadow(model):
     """The model's structure, its parameters' storage (as constants), buffers of its own; in evaluation mode."""
     model, memo = unwrapped(model), {}
     for module in model.modules():

@@ -1,6 +1,5 @@
 """The loss landscape around the weights along filter-normalised random directions."""
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -9,11 +8,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..files import read_object
 from ..perturbation import filter_normalized, perturb
 from .data import Data
-from .pictures import Drawn
-from .saved import digest, write_json
-from .subject import Copies, Subject, check_at_least, check_criterion
+from .pictures import Drawn, numbers
+from .saved import digest, finite, write_json
+from .subject import Copies, Subject, check_at_least, check_criterion, check_positive
 
 _WRITE_EVERY = 2.0  # seconds
 
@@ -71,8 +71,7 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     check_criterion(criterion)
     if dimensions not in (1, 2):
         raise ValueError(f"dimensions must be 1 or 2, got {dimensions!r}")
-    if not isinstance(span, (int, float)) or not 0 < span < math.inf:
-        raise ValueError(f"span must be a positive number, got {span!r}")
+    check_positive(span=span)
     subject = Subject(model, weights, parameters)
     data = Data(loader, subject.device, batches)
     settings = {
@@ -81,7 +80,7 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     }  # fmt: skip
     # What the weights themselves give tells other images and another criterion apart.
     (unperturbed,) = _evaluate(Copies(subject, [subject.values], how), data, criterion)
-    settings |= {"unperturbed": [_finite(value) for value in unperturbed]}
+    settings |= {"unperturbed": finite(unperturbed)}
     if directions is None:
         zeros = [torch.zeros_like(w) for w in subject.values]
         drawn = perturb(zeros, "normal", std=1.0, num=dimensions, seed=seed)
@@ -106,7 +105,7 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
         if out is not None and time.monotonic() - written > _WRITE_EVERY:
             write_json(out, {"settings": settings, "points": found})
             written = time.monotonic()
-    columns = [[_finite(point[c]) for point in found] for c in (0, 1)]
+    columns = [[finite(point[c]) for point in found] for c in (0, 1)]
     if dimensions == 2:
         columns = [[column[i : i + size] for i in range(0, len(column), size)] for column in columns]
     result = Landscape(dimensions, at, *columns, settings)
@@ -160,11 +159,8 @@ def _continued(out, settings):
     """The points an earlier call with these settings left in ``out``."""
     if out is None or not Path(out).exists():
         return []
-    try:
-        old = json.loads(Path(out).read_text())
-    except ValueError:
-        return []
-    if not isinstance(old, dict) or not _same(old.get("settings"), settings):
+    old = read_object(out)
+    if old is None or not _same(old.get("settings"), settings):
         return []
     if "points" in old:
         return old["points"]
@@ -188,14 +184,9 @@ def _close(a, b):
     return a == b or (None not in (a, b) and math.isclose(a, b, rel_tol=1e-4))
 
 
-def _finite(value):
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _plot_line(found, figure):
     axes = figure.subplots()
-    loss = [math.nan if v is None else v for v in found.loss]
-    axes.plot(found.at, loss, color="tab:blue")
+    axes.plot(found.at, numbers(found.loss), color="tab:blue")
     axes.set(xlabel="distance along the direction", ylabel="loss")
     if None in found.accuracy:
         return
@@ -207,7 +198,7 @@ def _plot_line(found, figure):
 def _plot_surface(found, figure):
     import numpy as np
 
-    loss = np.array([[math.nan if v is None else v for v in row] for row in found.loss])
+    loss = np.array([numbers(row) for row in found.loss])
     middle = np.nanmedian(loss)
     low = np.nanmin(loss)
     loss = np.minimum(np.where(np.isnan(loss), math.inf, loss), low + 10 * max(middle - low, 1e-12))

@@ -29,7 +29,8 @@ class RunLog:
         kept = [line for line in read_log(out) if line["epoch"] < start]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.terminal = sys.stderr.isatty()
-        self.bar = _bar(epochs) if self.terminal and not quiet else None
+        form = "{desc}{bar:30} {n:.1f}/{total} epochs [{elapsed}<{remaining}]{postfix}"
+        self.bar = None if quiet else progress_bar(total=epochs, bar_format=form)
         self.shown = time.monotonic()
 
     def step(self, trainer):
@@ -114,17 +115,15 @@ def read_json(path):
     return value
 
 
-def _bar(epochs):
-    """A tqdm bar, or None where there is no tqdm."""
+def progress_bar(**options):
+    """A tqdm bar, or None where stderr is no terminal or there is no tqdm."""
+    if not sys.stderr.isatty():
+        return None
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(
-        total=epochs,
-        leave=False,
-        bar_format="{desc}{bar:30} {n:.1f}/{total} epochs [{elapsed}<{remaining}]{postfix}",
-    )
+    return tqdm(leave=False, **options)
 
 
 def summary_writer():
