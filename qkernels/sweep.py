@@ -14,7 +14,7 @@ from .files import write_json, write_text
 from .tabulate import markdown, spread
 from .training.cells import Cell, check_cells, check_device_and_data, done, results, work
 from .training.log import read_json, say
-from .training.recipe import SETTINGS, _toml, overlap, parse_assignment
+from .training.recipe import SETTINGS, names_in, overlap, parse_assignment, read_toml
 from .training.run import RUN, check_machine
 
 _KEYS = ("by", "settings", "grid")
@@ -31,7 +31,7 @@ _COLUMNS = {
 def add_arguments(parser):
     """Declares the arguments of `qkernels sweep`."""
     flag = parser.add_argument
-    flag("grid", metavar="FILE.toml", help=f"the grid, or one of the package: {', '.join(_names())}")
+    flag("grid", metavar="FILE.toml", help=f"the grid, or one of the package: {', '.join(names_in(_GRIDS))}")
     flag("--out", required=True, metavar="DIR", help="a run folder per cell, table.md, table.json")
     flag("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     flag("--engine", choices=("local", "ray"), default="local", help="ray: the workers are Ray tasks")
@@ -97,13 +97,9 @@ def load_grid(path, fixed=None):
     file = Path(path) if str(path).endswith(".toml") else _GRIDS / f"{path}.toml"
     if not file.is_file():
         raise ValueError(
-            f"grid: {path} is neither a .toml file nor a grid of the package ({', '.join(_names())})"
+            f"grid: {path} is neither a .toml file nor a grid of the package ({', '.join(names_in(_GRIDS))})"
         )
-    toml = _toml()
-    try:
-        given = toml.loads(file.read_text(encoding="utf-8"))
-    except toml.TOMLDecodeError as error:
-        raise ValueError(f"grid: {file} is not valid TOML: {error}") from None
+    given = read_toml(file, "grid")
     if unknown := sorted(given.keys() - set(_KEYS)):
         raise ValueError(f"grid: unknown key {unknown[0]!r} in {file}; known are {', '.join(_KEYS)}")
     settings, axes = {**given.get("settings", {}), **(fixed or {})}, given.get("grid", {})
@@ -121,12 +117,6 @@ def load_grid(path, fixed=None):
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"grid: two cells are both named {twice[0]}")
     return {"by": list(by), "cells": cells}
-
-
-def _names():
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in _GRIDS.iterdir() if entry.name.endswith(".toml")
-    )
 
 
 def _check_axes(settings, axes):

@@ -10,7 +10,7 @@ from qkernels.models import build_model
 from . import checkpoint, distributed
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
-NOISES = ("Tempering", "FeaturePerturbation", "Pseudo", "StochasticRounding")
+NOISES = tuple(kind.__name__ for kind in qk.noise.KINDS)
 
 
 def float_model(config, data):

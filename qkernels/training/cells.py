@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..files import write_json
 from . import distributed
-from .checkpoint import DamagedCheckpoint
+from .checkpoint import DamagedCheckpoint, previous_of
 from .config import make_config, read_config, resolved
 from .data import build_data
 from .log import read_json, say
@@ -137,8 +137,8 @@ def _train(cell, folder, machine):
 
 def _checkpoints(folder):
     """From which a run and its float start continue."""
-    names = ("checkpoint", "checkpoint.previous")
-    return [run / name for run in (folder, folder / "float") for name in names]
+    latest = (folder / "checkpoint", folder / "float" / "checkpoint")
+    return [path for last in latest for path in (last, previous_of(last))]
 
 
 def _forget_unfinished(folder):
@@ -153,7 +153,7 @@ def _do_without(damaged):
     run = damaged.parent
     _put_aside(damaged)
     if damaged.name.startswith("selected"):  # the later checkpoints rely on it
-        for path in (run / "checkpoint", run / "checkpoint.previous"):
+        for path in (run / "checkpoint", previous_of(run / "checkpoint")):
             if path.exists():
                 _put_aside(path)
     (run / "result.json").unlink(missing_ok=True)

@@ -27,7 +27,7 @@ class DamagedCheckpoint(RuntimeError):
     """A checkpoint that is not whole, as a power cut may leave it; `path` is its folder."""
 
     def __init__(self, path, message):
-        previous = path.with_name(path.name + ".previous")
+        previous = previous_of(path)
         other = f"the one before it is in {previous}" if previous.exists() else "there is no previous one"
         super().__init__(f"{message}; {other}")
         self.path = path
@@ -55,7 +55,7 @@ def save(path, model, state):
         "model": _encode(plain, "model", state_tensors),
         "state": _encode(state, "state", state_tensors),
     }
-    partial, previous = path.with_name(path.name + ".partial"), path.with_name(path.name + ".previous")
+    partial, previous = path.with_name(path.name + ".partial"), previous_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     files = {
@@ -129,10 +129,15 @@ def save_tensors(path, tensors):
         _write_tensors(part, tensors)
 
 
+def previous_of(path):
+    """Where the checkpoint before `path` is kept."""
+    return path.with_name(path.name + ".previous")
+
+
 def latest(path):
     """`path` if that folder is a checkpoint, else its previous one, else None."""
     path = Path(path)
-    candidates = (path, path.with_name(path.name + ".previous"))
+    candidates = (path, previous_of(path))
     return next((folder for folder in candidates if any((folder / n).exists() for n in (INDEX, STATE))), None)
 
 

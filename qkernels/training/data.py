@@ -8,8 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-__all__ = ["Data", "Loader", "build_data", "crop_flip"]
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _FORMS = "digits, cifar10:DIR, cifar100:DIR, folder:DIR, fake[:CxHxW[:CLASSES]]"
 

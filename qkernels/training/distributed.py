@@ -40,7 +40,7 @@ def start(device):
 
 
 def stop():
-    if dist.is_available() and dist.is_initialized():
+    if active():
         dist.destroy_process_group()
 
 

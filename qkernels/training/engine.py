@@ -3,11 +3,12 @@
 import contextlib
 import math
 import signal
+import statistics
 import time
 
 import torch
 
-from . import distributed
+from . import checkpoint, distributed
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -162,7 +163,7 @@ class Trainer:
                     self.scaler.scale(loss).backward()
                 total += loss.detach()
                 if first:
-                    self._record(loss.detach() * count, output, target)
+                    self.sums += _counts(loss.detach() * count, output.detach(), target)
             first = False
             if not self.scaler.is_enabled():
                 self._clip()
@@ -179,12 +180,6 @@ class Trainer:
             self.scaler.update()
         else:
             self.optimizer.step(closure)
-
-    def _record(self, loss, output, target):
-        correct = (output.detach().argmax(1) == target).sum()
-        self.sums += torch.stack(
-            [loss.double(), correct.double(), torch.full_like(loss, len(target)).double()]
-        )
 
     def _clip(self):
         # An optimizer of several passes clips what they add up to.
@@ -205,8 +200,6 @@ class Trainer:
 
     def state_dict(self):
         """Everything but the model that the next step depends on; call it on every process."""
-        from .checkpoint import random_state
-
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -217,13 +210,11 @@ class Trainer:
             "seconds": self.seconds,
             "best_acc": self.best_acc,
             "best_loss": self.best_loss,
-            "random": distributed.gather(random_state()),
+            "random": distributed.gather(checkpoint.random_state()),
         }
 
     def load_state_dict(self, state):
         """Continues from `state`; raises ValueError when another number of processes wrote it."""
-        from .checkpoint import set_random_state
-
         if len(state["random"]) != distributed.world():
             raise ValueError(
                 f"the checkpoint is of {len(state['random'])} processes and this run has "
@@ -234,7 +225,7 @@ class Trainer:
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.sums, self.seconds = state["sums"][distributed.rank()].to(self.device), state["seconds"]
         self.best_acc, self.best_loss = state["best_acc"], state["best_loss"]
-        set_random_state(state["random"][distributed.rank()])
+        checkpoint.set_random_state(state["random"][distributed.rank()])
 
 
 @torch.no_grad()
@@ -250,11 +241,16 @@ def evaluate(model, loader, device="cpu", memory_format=torch.contiguous_format)
         x, target = x.to(device, non_blocking=True), target.to(device, non_blocking=True)
         output = model(x.contiguous(memory_format=memory_format) if x.dim() == 4 else x)
         loss = torch.nn.functional.cross_entropy(output.float(), target, reduction="sum")
-        correct = (output.argmax(1) == target).sum()
-        sums += torch.stack([loss.double(), correct.double(), torch.full_like(loss, len(target)).double()])
+        sums += _counts(loss, output, target)
     model.train(training)
     loss, correct, count = distributed.sum_(sums).tolist()
     return loss / count, correct / count
+
+
+def _counts(loss, output, target):
+    """(loss, correct, images) of a batch, float64; the loss is summed over its images."""
+    correct = (output.argmax(1) == target).sum()
+    return torch.stack([loss.double(), correct.double(), torch.full_like(loss, len(target)).double()])
 
 
 class StepTimer:
@@ -279,8 +275,8 @@ class StepTimer:
     def median_ms(self):
         if self.cuda:
             torch.cuda.synchronize()
-        times = sorted(a.elapsed_time(b) if self.cuda else (b - a) * 1e3 for a, b in self.pairs)
-        return times[len(times) // 2] if times else None
+        times = [a.elapsed_time(b) if self.cuda else (b - a) * 1e3 for a, b in self.pairs]
+        return statistics.median_high(times) if times else None
 
 
 class Interrupt:

@@ -59,7 +59,7 @@ _FOLDER = importlib.resources.files(__package__) / "recipes"
 
 def available_recipes():
     """Name -> one-line summary of the recipes that come with the package."""
-    return {name: _read(name)["summary"] for name in _names()}
+    return {name: _read(name)["summary"] for name in names_in(_FOLDER)}
 
 
 def load_recipe(name, data="", overrides=None):
@@ -113,19 +113,29 @@ def overlap(key, other):
     return key == other or key.startswith(other + ".") or other.startswith(key + ".")
 
 
-def _names():
-    return sorted(entry.name[: -len(".toml")] for entry in _FOLDER.iterdir() if entry.name.endswith(".toml"))
+def names_in(folder):
+    """The names of a folder's .toml files, sorted."""
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def read_toml(file, what):
+    """What a TOML file holds; ValueError naming it and ``what`` it should be."""
+    toml = _toml()
+    try:
+        return toml.loads(file.read_text(encoding="utf-8"))
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"{what}: {file} is not valid TOML: {error}") from None
 
 
 def _read(name):
-    toml = _toml()
     file = Path(name) if str(name).endswith(".toml") else _FOLDER / f"{name}.toml"
     if not file.is_file():
-        raise ValueError(f"recipe: {name!r} is neither a .toml file nor one of {', '.join(_names())}")
-    try:
-        own = toml.loads(file.read_text(encoding="utf-8"))
-    except toml.TOMLDecodeError as error:
-        raise ValueError(f"recipe: {file} is not valid TOML: {error}") from None
+        raise ValueError(
+            f"recipe: {name!r} is neither a .toml file nor one of {', '.join(names_in(_FOLDER))}"
+        )
+    own = read_toml(file, "recipe")
     base = _read(own.pop("base")) if "base" in own else {"summary": ""}
     tables = base.get("data", {})
     own["data"] = tables | {name: tables.get(name, {}) | table for name, table in own.get("data", {}).items()}

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import signal
+import statistics
 from copy import deepcopy
 from pathlib import Path
 
@@ -344,7 +345,7 @@ def _finish(trainer, config, out, data):
     if distributed.rank() > 0:
         return None
     lines = read_log(out)
-    steps = sorted(line["step_ms"] for line in lines if line["step_ms"] is not None)
+    steps = [line["step_ms"] for line in lines if line["step_ms"] is not None]
     facts = {
         key: config[key]
         for key in ("model", "data", "recipe", "method", "weight_bits", "act_bits", "seed", "epochs")
@@ -356,7 +357,7 @@ def _finish(trainer, config, out, data):
         "test_acc": test_acc,
         **facts,
         "seconds": sum(line["seconds"] for line in lines),
-        "step_ms": steps[len(steps) // 2] if steps else None,
+        "step_ms": statistics.median_high(steps) if steps else None,
         "params": sum(p.numel() for p in trainer.model.parameters()),
         "device": distributed.device_name(trainer.device),
         "threads": torch.get_num_threads(),
