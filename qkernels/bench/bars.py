@@ -30,11 +30,13 @@ def elements(row):
     return math.prod(int(size) for size in row["case"].split()[0].split("x"))
 
 
+def _plain_quantizer(row):
+    return row["op"] == "fake_quantize" and len(row["case"].split()) == 3
+
+
 def _plain(dtype, large):
     def of(row):
-        words = row["case"].split()
-        plain = row["op"] == "fake_quantize" and len(words) == 3 and row["dtype"] == dtype
-        return plain and large in (None, elements(row) >= LARGE)
+        return _plain_quantizer(row) and row["dtype"] == dtype and large in (None, elements(row) >= LARGE)
 
     return of
 
@@ -89,10 +91,6 @@ def _peak_over(copies, moved):
     return lambda row, rows: (
         None if row["peak_bytes"] is None else row["peak_bytes"] / (row["bytes"] * copies / moved)
     )
-
-
-def _plain_quantizer(row):
-    return row["op"] == "fake_quantize" and len(row["case"].split()) == 3
 
 
 _F32, _BF16 = _plain("float32", True), _plain("bfloat16", True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -119,8 +118,8 @@ class Settings:
         return why is None
 
     def chosen_threads(self, text):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if text is None:
+            cores = machine.cores()
             return [1] if self.device == "cuda" else [cores] if self.suite == "train" else sorted({1, cores})
         try:
             counts = [int(word) for word in text.split(",")]

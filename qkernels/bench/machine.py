@@ -5,7 +5,6 @@ import datetime
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -33,7 +32,12 @@ def machine(device):
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = _cpu_field("model name") or platform.processor() or platform.machine()
-    return f"{name}, {len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()} cores"
+    return f"{name}, {cores()} cores"
+
+
+def cores():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def commit():

@@ -25,7 +25,11 @@ def group(row):
 
 
 def label(row):
-    return f"{row['op']} {row['case']} {row['dtype']} {row['threads']}t {row['backend']}"
+    return f"{_name(row)} {row['backend']}"
+
+
+def _name(row):
+    return f"{row['op']} {row['case']} {row['dtype']} {row['threads']}t"
 
 
 def read(path):
@@ -130,7 +134,7 @@ def cells(rows):
     """HEADER and a line per row; a group's name stands on its first row only."""
     lines, last = [HEADER], None
     for row in rows:
-        name = f"{row['op']} {row['case']} {row['dtype']} {row['threads']}t"
+        name = _name(row)
         bases = [r for r in rows if r["backend"] in BASELINES and group(r) == group(row)]
         spread = f"{number(row['p20_ms'])} .. {number(row['p80_ms'])}" if row["median_ms"] else "-"
         lines.append((

@@ -10,7 +10,7 @@ from .. import backend, layout, noise, ops, reference, testing
 from . import measure, variants
 
 RIVALS = ("eager", "fn", "compile", "torch", "foreach", "pytorch_optimizer")
-OURS = ("native", "triton", "reference")
+OURS = backend.BACKENDS
 BASELINES = ("float", "plain")  # what a row of ours is an addition to: no quantizer, no noise, no sharpness
 PASSES = "passes"  # our two ops alone: what autograd adds is the difference
 RIVAL_SHARE = 0.05  # of the elements of y and dx that a rival may compute otherwise
@@ -104,8 +104,7 @@ def _problem(case):
     dims = 2 if grouped else len(case.shape)
     numel = torch.Size(case.shape).numel()
     return Problem(
-        low, high, float(numel // rows * max(high, 1)) ** -0.5, axis, rows, grouped,
-        (1,) if axis is None else tuple(-1 if d == axis else 1 for d in range(dims)),
+        low, high, float(numel // rows * max(high, 1)) ** -0.5, axis, rows, grouped, variants.view(axis, dims),
         None if kind == noise.PLAIN else _NOISES[kind](a, b),
     )  # fmt: skip
 

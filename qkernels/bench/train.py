@@ -25,7 +25,7 @@ class _Rival(torch.nn.Module):
         super().__init__()
         self.scale = torch.nn.Parameter(quantizer.grid()["scale"].detach().clone())
         rows, axis = self.scale.numel(), quantizer.axis
-        view = (1,) if rows == 1 else tuple(-1 if d == axis else 1 for d in range(x.dim()))
+        view = variants.view(None if rows == 1 else axis, x.dim())
         settings = *quantizer.bounds(), quantizer.grad_scale(x), axis, rows, False, view, None
         self.lsq = variants.formula(Problem(*settings))
 
@@ -167,8 +167,7 @@ def _variants(model, make, compiled, backends):
         found.append(measure.Variant("eager", _step(eager), "formula"))
     for name in backends:
         if name in OURS:
-            active = functools.partial(backend.use_backend, name)
-            found.append(measure.Variant(name, _step(copy.deepcopy(quantized)), active=active))
+            found.append(ours(name, _step(copy.deepcopy(quantized))))
             if compiled and name == "native":  # not forced, which would keep the op in the graph
                 found.append(measure.Variant("native+compile", _step(copy.deepcopy(quantized), True)))
     return found

@@ -11,7 +11,7 @@ from .. import noise as noises
 NOISES = (noises.Tempering, noises.FeaturePerturbation)  # those that are written out below
 
 
-def _view(axis, dims):
+def view(axis, dims):
     """The shape in which one scale per row broadcasts."""
     return (1,) if axis is None else tuple(-1 if d == axis else 1 for d in range(dims))
 
