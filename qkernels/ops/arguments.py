@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from .. import layout
+from ..reference import compute_type
 
 _INT32 = 2**31
 _ANY = (-_INT32, _INT32 - 1)
@@ -81,15 +82,14 @@ def _per_row(name, values, scale):
 def prepare(x, scale, offset, zero_point, axis, group_size, zero_points=_ANY):
     """Checked (scale, offset, zero_point tensor, axis) in the dtypes the kernels take."""
     if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
-        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"x must be a float32, bfloat16, float16 or float64 tensor, got {got}")
+        raise not_float("x", x)
     if not isinstance(scale, torch.Tensor) or not scale.is_floating_point():
         got = scale.dtype if isinstance(scale, torch.Tensor) else type(scale).__name__
         raise TypeError(f"scale must be a floating-point tensor of shape (1,) or (rows,), got {got}")
     if scale.device != x.device:
         raise ValueError(f"scale must be on {x.device} as x is, got {scale.device}")
     axis = granularity(x, scale, axis, group_size)
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_type(x)
     if scale.dtype != compute:
         scale = scale.to(compute)
     if offset is not None:
@@ -108,6 +108,12 @@ def prepare(x, scale, offset, zero_point, axis, group_size, zero_points=_ANY):
         )
         axis = layout.FLAT
     return scale, offset, zero_point, axis
+
+
+def not_float(name, x):
+    """For what is no tensor of one of DTYPES."""
+    got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+    return TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
 
 
 def _is_integer(dtype):

@@ -3,19 +3,16 @@
 import torch
 
 from .. import backend, layout
+from ..reference import compute_type
 from ..reference import moments as reference
+from .arguments import DTYPES, not_float
 
 _SETTINGS = "int axis, float eps, bool mean"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _compute_type(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fake_distance(student, teacher, axis, eps, mean):
     channels = student.shape[axis]
-    return student.new_empty(channels, dtype=_compute_type(student)), student.new_empty(
+    return student.new_empty(channels, dtype=compute_type(student)), student.new_empty(
         (5, channels), dtype=torch.float64
     )
 
@@ -112,7 +109,7 @@ def _along(grad, student, teacher, v, axis, eps, mean):
 
     Plain differentiable PyTorch, so that third derivatives are right as well.
     """
-    others, compute = [d for d in range(student.dim()) if d != axis], _compute_type(student)
+    others, compute = [d for d in range(student.dim()) if d != axis], compute_type(student)
     n = student.numel() // student.shape[axis]
     each = 1.0 / n if mean else 1.0
 
@@ -156,9 +153,8 @@ def standardized_distance(student, teacher, *, axis=1, eps=1e-5, reduction="mean
 
 def _check(student, teacher, axis, eps, reduction):
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, torch.Tensor) or x.dtype not in _DTYPES:
-            got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-            raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
+        if not isinstance(x, torch.Tensor) or x.dtype not in DTYPES:
+            raise not_float(name, x)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher must have student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"

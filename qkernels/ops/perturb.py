@@ -3,8 +3,7 @@
 import torch
 
 from .. import backend, layout, reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .arguments import DTYPES, not_float
 
 
 def _fake_norm(tensors, weights, eta):
@@ -54,9 +53,8 @@ def check_list(name, tensors, like=None):
         got = "an empty list" if isinstance(tensors, (list, tuple)) else type(tensors).__name__
         raise ValueError(f"{name} must be a non-empty list of tensors, got {got}")
     for i, t in enumerate(tensors):
-        if not isinstance(t, torch.Tensor) or t.dtype not in _DTYPES:
-            got = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
-            raise TypeError(f"{name}[{i}] must be a float32, bfloat16, float16 or float64 tensor, got {got}")
+        if not isinstance(t, torch.Tensor) or t.dtype not in DTYPES:
+            raise not_float(f"{name}[{i}]", t)
         if t.device != tensors[0].device:
             raise ValueError(
                 f"{name} must be on one device, got {tensors[0].device} and {t.device} ({name}[{i}])"

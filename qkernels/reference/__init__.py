@@ -6,4 +6,5 @@ of meaning.
 
 from .moments import standardized_distance, standardized_distance_backward
 from .perturb import multi_climb, multi_dot, multi_norm, multi_perturb
+from .precision import compute_type
 from .quantizer import dequantize, fake_quantize, fake_quantize_backward, pack, quantize, unpack

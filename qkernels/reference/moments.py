@@ -3,10 +3,7 @@
 import torch
 
 from .. import layout
-
-
-def _compute_type(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from .precision import compute_type
 
 
 def _channelwise(values, x, axis):
@@ -52,7 +49,7 @@ def standardized_distance(student, teacher, axis, eps, mean):
     r_s, r_t = _deviations(m, eps)
     each = (var_s * r_s * r_s + var_t * r_t * r_t - 2.0 * (cov * r_s * r_t)).clamp(min=0.0)
     n = 1 if mean else student.numel() // student.shape[axis]
-    return (each * n).to(_compute_type(student)), m
+    return (each * n).to(compute_type(student)), m
 
 
 def standardized_distance_backward(grad, student, teacher, moments, axis, eps, mean):
@@ -60,7 +57,7 @@ def standardized_distance_backward(grad, student, teacher, moments, axis, eps, m
 
     The means enter rounded to float32, exact where s is near them, and what rounding left out is added once.
     """
-    dtype, each = _compute_type(student), 1.0
+    dtype, each = compute_type(student), 1.0
     if mean:
         each = 1.0 / (student.numel() // student.shape[axis])
     mean_s, mean_t, _, _, cov = moments

@@ -3,6 +3,7 @@
 import torch
 
 from .. import layout, random
+from .precision import compute_type
 
 # What a move does to an element; the twin of enum Move in csrc/math/perturb.h.
 ALONG, ADAPTIVE, NORMAL, MAGNITUDE, UNIFORM, ASCEND, ASCEND_SIGN = range(7)
@@ -78,7 +79,7 @@ def _alike(t, w):
 
 
 def _perturbed(w, d, p, move, numbers, seed, stream):
-    compute = torch.float64 if w.dtype == torch.float64 else torch.float32
+    compute = compute_type(w)
     a, b, c = numbers.to(compute)
     x = w.to(compute)
     d = None if d is None else d.to(compute)

@@ -3,10 +3,11 @@
 import torch
 
 from .. import layout, noise, random
+from .precision import compute_type
 
 
 def _compute(x):
-    return x.double() if x.dtype == torch.float64 else x.float()
+    return x.to(compute_type(x))
 
 
 def safe_scale(scale):
@@ -30,7 +31,7 @@ def _variate(x, kind, a, seed, stream):
         n = n if kind == noise.STOCHASTIC else n - 0.5
     if kind == noise.BEFORE:
         n = torch.where(random.switched_on(seed, stream, a), n, 0.0)
-    return layout.from_memory(n, x).to(_compute(x[:0]).dtype)
+    return layout.from_memory(n, x).to(compute_type(x))
 
 
 class _Element:

@@ -42,7 +42,7 @@ def grid_of(case, device) -> tuple:
     def cycle(values, dtype):
         return torch.tensor([values[r % len(values)] for r in range(rows)], dtype=dtype, device=device)
 
-    compute = torch.float64 if case.dtype == torch.float64 else torch.float32
+    compute = reference.compute_type(case)
     odd = (-0.3, 1e-40, math.inf, 0.25, math.nan, -0.5, 0.0, -math.inf)
     scale = cycle(odd if option.get("odd_scale") else (0.25, 0.3, 0.5, 0.125, 1.0), compute)
     offset = cycle((0.1, -0.25, 0.0, 1.5), compute) if option.get("offset") else None
