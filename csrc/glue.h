@@ -105,6 +105,14 @@ inline Layout layout_of(const Tensor& x, const Tensor& scale, int64_t axis) {
   return {rows, std::max<int64_t>(x.stride(axis), 1)};
 }
 
+// The channels of the standardised distance along axis.
+inline Layout channels_of(const Tensor& student, int64_t axis) {
+  STD_TORCH_CHECK(axis >= 0 && axis < student.dim(), "qkernels: axis is out of range");
+  STD_TORCH_CHECK(student.numel() > 0, "qkernels: student is empty");
+  const int64_t rows = student.size(axis);
+  return {rows, rows == 1 ? student.numel() : student.stride(axis)};
+}
+
 // x where a flat granularity with several rows asks for logical order
 inline Tensor ordered(const Tensor& x, const Tensor& scale, int64_t axis) {
   return axis < 0 && scale.numel() > 1 ? row_major(x) : dense(x);

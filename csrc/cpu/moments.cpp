@@ -138,10 +138,7 @@ struct Pair {
   Pair(const Tensor& student_, const Tensor& teacher_, int64_t axis)
       : student(dense(student_)), teacher(aligned(teacher_, student)) {
     STD_TORCH_CHECK(student.scalar_type() == teacher.scalar_type(), "qkernels: student and teacher differ in dtype");
-    STD_TORCH_CHECK(axis >= 0 && axis < student.dim(), "qkernels: axis is out of range");
-    STD_TORCH_CHECK(student.numel() > 0, "qkernels: student is empty");
-    const int64_t rows = student.size(axis);
-    layout = {rows, rows == 1 ? student.numel() : student.stride(axis)};
+    layout = channels_of(student, axis);
   }
   double count() const { return double(student.numel() / layout.rows); }
 };

@@ -12,7 +12,10 @@ struct Pair {
   Walk walk;
 
   Pair(const Tensor& student_, const Tensor& teacher_, int64_t axis)
-      : device(student_), student(dense(student_)), teacher(ordered(teacher_)), walk(student.numel(), layout(axis)) {}
+      : device(student_),
+        student(dense(student_)),
+        teacher(ordered(teacher_)),
+        walk(student.numel(), channels_of(student, axis)) {}
 
   Dtype type() const { return dtype_of(student.scalar_type(), "student"); }
 
@@ -21,12 +24,6 @@ struct Pair {
     device.check(t, "teacher");
     STD_TORCH_CHECK(t.scalar_type() == student.scalar_type(), "qkernels: student and teacher differ in dtype");
     return aligned(t, student);
-  }
-  Layout layout(int64_t axis) const {
-    STD_TORCH_CHECK(axis >= 0 && axis < student.dim(), "qkernels: axis is out of range");
-    STD_TORCH_CHECK(student.numel() > 0, "qkernels: student is empty");
-    const int64_t rows = student.size(axis);
-    return {rows, rows == 1 ? student.numel() : student.stride(axis)};
   }
 };
 
