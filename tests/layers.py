@@ -43,9 +43,12 @@ def calibrated(config=None, model=None, **settings):
 
 
 def same_bits(a, b):
-    """Equal down to the sign of zero."""
-    return a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    """Equal down to the sign of zero: two tensors, or lists of them."""
+    pairs = [(a, b)] if isinstance(a, torch.Tensor) else zip(a, b, strict=True)
+    return all(
+        (s.dtype, s.shape) == (t.dtype, t.shape)
+        and torch.equal(*(x.contiguous().flatten().view(torch.uint8) for x in (s, t)))
+        for s, t in pairs
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cuda_host import build
 from cuda_host.launch import Launchers
+from layers import same_bits
 
 from qkernels import reference, testing
 from qkernels.reference import perturb as moves
@@ -31,12 +32,6 @@ WALKED = ("fake_quantize_backward", "quantize", "standardized_distance", "standa
 @pytest.fixture(scope="module")
 def library():
     return build.library()
-
-
-def same_bits(a, b):
-    a, b = ((t,) if isinstance(t, torch.Tensor) else t for t in (a, b))
-    return all(torch.equal(s.contiguous().flatten().view(torch.uint8), t.contiguous().flatten().view(torch.uint8))
-               for s, t in zip(a, b))  # fmt: skip
 
 
 def run(library, op, args, seed=""):

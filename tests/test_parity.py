@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from layers import same_bits
 from torch.utils._pytree import tree_leaves
 
 from qkernels import reference, testing
@@ -23,12 +24,6 @@ RUNS = [
 
 def tensors(args):
     return [a for a in tree_leaves(args) if isinstance(a, torch.Tensor)]
-
-
-def same_bits(a, b):
-    a, b = ((t,) if isinstance(t, torch.Tensor) else t for t in (a, b))
-    return all(torch.equal(s.contiguous().view(torch.uint8), t.contiguous().view(torch.uint8))
-               for s, t in zip(a, b) if s.numel() and s.dim())  # fmt: skip
 
 
 @pytest.mark.parametrize("case, backend, device", RUNS)
