@@ -131,7 +131,7 @@ def swapped(params, tensors):
 
 def weights(model):
     """The parameters of a model that learn, without those of its quantizers."""
-    own = {id(p) for m in model.modules() if isinstance(m, quantizers.Quantizer) for p in m.parameters()}
+    own = quantizers.numbers_of(model)
     return [p for p in model.parameters() if p.requires_grad and id(p) not in own]
 
 

@@ -393,6 +393,11 @@ class DoReFaActivation(Quantizer):
         pass
 
 
+def numbers_of(model):
+    """The ids of what a model's quantizers learn."""
+    return {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+
+
 def at_least_float32(fn, t):
     """fn(t) of Module._apply, but float32 where that would be of fewer bits."""
     moved = fn(t)

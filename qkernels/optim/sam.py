@@ -76,8 +76,7 @@ class SAM(torch.optim.Optimizer):
         self.param_groups = base.param_groups
         for group in self.param_groups:
             _check_size("rho", group["rho"])
-        owners = () if perturb_scales else (m for m in model.modules() if isinstance(m, quantizers.Quantizer))
-        self._scales = {id(p) for m in owners for p in m.parameters()}
+        self._scales = set() if perturb_scales else quantizers.numbers_of(model)
         self._warn_of_steps_that_stay()
         self.steps = 0  # finished steps
         self._undo = contextlib.ExitStack()  # what takes the perturbation back

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import nn as qnn
 from ..candidates import left_in_float
 from ..convert import quantizers
+from ..quantizers import numbers_of
 from ..wrapped import check_parameter, check_whole, unwrapped
 
 WEIGHTS, PARAMETERS = ("latent", "quantized"), ("weights", "all")
@@ -47,7 +48,7 @@ class Subject:
             if isinstance(layer, qnn._Quantized) and layer.weight_quantizer is not None:
                 check_parameter(layer, name, "a measure")
                 quantizer_of[layer] = _detach_quantizer(layer, weights, name)
-        own = {id(p) for quantizer in quantizers(self.model) for p in quantizer.parameters()}
+        own = numbers_of(self.model)
         self.names, self.values, self.uses, places = [], [], [], {}
         for prefix, layer in self.model.named_modules():
             if parameters == "weights" and not isinstance(layer, _LAYERS):
