@@ -51,19 +51,7 @@ def quantize_(model, config=None, **settings):
     for key in config.overrides:
         if not any(candidates.within(name, key) for name, _ in layers):
             raise ValueError(f"overrides names no layer that would be quantized: {key!r}")
-    order = list(dict.fromkeys(id(layer) for _, layer in layers))
-    ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
-    seeds, swapped = SeedSource(), {}
-    # All are made before the first takes its place: a refusal leaves the model as it was.
-    for name, layer in layers:
-        if id(layer) not in swapped:
-            aliases = [alias for alias, other in layers if other is layer]
-            try:
-                swapped[id(layer)] = _quantized(layer, config.of(*aliases, at_end=id(layer) in ends))
-            except ValueError as error:
-                raise ValueError(f"{name or type(layer).__name__}: {error}") from None
-            for quantizer in quantizers(swapped[id(layer)]):
-                quantizer.layer = name
+    seeds, swapped = SeedSource(), _forms(layers, config)
     for name, layer in layers:
         if name == "":
             model = swapped[id(layer)]
@@ -87,6 +75,23 @@ def quantize_(model, config=None, **settings):
             stacklevel=2,
         )
     return model
+
+
+def _forms(layers, config):
+    """{id of a layer: its quantized form}; all before the first takes its place, so that a refusal changes no model."""
+    order = list(dict.fromkeys(id(layer) for _, layer in layers))
+    ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
+    forms = {}
+    for name, layer in layers:
+        if id(layer) not in forms:
+            aliases = [alias for alias, other in layers if other is layer]
+            try:
+                forms[id(layer)] = _quantized(layer, config.of(*aliases, at_end=id(layer) in ends))
+            except ValueError as error:
+                raise ValueError(f"{name or type(layer).__name__}: {error}") from None
+            for quantizer in quantizers(forms[id(layer)]):
+                quantizer.layer = name
+    return forms
 
 
 def _quantized(layer, config):
@@ -275,18 +280,10 @@ def summary(model):
     for name, layer in layers(model):
         weight, act = layer.weight_quantizer, layer.input_quantizer
         tensor = layer.weight if layer.weight is not None else weight.packed
-        rows.append(
-            (
-                name or "(model)",
-                type(layer).__name__,
-                _describe(weight),
-                "-" if weight is None else str(weight.rows),
-                _steps(weight),
-                _describe(act),
-                _steps(act),
-                backend.serves("fake_quantize", tensor.device.type),
-            )
-        )
+        what = name or "(model)", type(layer).__name__
+        of_weight = _describe(weight), "-" if weight is None else str(weight.rows), _steps(weight)
+        served = backend.serves("fake_quantize", tensor.device.type)
+        rows.append((*what, *of_weight, _describe(act), _steps(act), served))
     if len(rows) == 1:
         return "no quantized layer"
     for name, layer, _ in candidates.left_in_float(model):
