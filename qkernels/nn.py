@@ -96,16 +96,8 @@ class QuantConvTranspose2d(_Quantized, nn.ConvTranspose2d):
         padding = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
-        return F.conv_transpose2d(
-            x,
-            self.quantized_weight(),
-            self.bias,
-            self.stride,
-            self.padding,
-            padding,
-            self.groups,
-            self.dilation,
-        )
+        settings = self.stride, self.padding, padding, self.groups, self.dilation
+        return F.conv_transpose2d(x, self.quantized_weight(), self.bias, *settings)
 
 
 class QuantEmbedding(_Quantized, nn.Embedding):

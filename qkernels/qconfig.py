@@ -122,7 +122,8 @@ class QConfig:
 
     def weight_quantizer(self, layer_type, weight):
         """The quantizer of one weight, started from it."""
-        group = self.weight_group_size if layer_type in (nn.Linear, nn.Embedding) else None
+        conv = layer_type not in (nn.Linear, nn.Embedding)
+        group = None if conv else self.weight_group_size
         axis = None if group or self.weight_axis is None else qnn.QUANTIZED[layer_type].channel_axis
         rows = 1 if axis is None else weight.shape[axis]
         if group:
@@ -131,10 +132,7 @@ class QConfig:
                     f"weight_group_size must divide the last dimension of a weight, {tuple(weight.shape)}; got {group}"
                 )
             rows = weight.numel() // group
-        options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
-        if self.method == "saq":
-            conv = layer_type not in (nn.Linear, nn.Embedding)
-            options = {"weight_norm": self.weight_norm if conv else "none"}
+        options = self._options(weight_norm=self.weight_norm if conv else "none")
         quantizer = q.WEIGHT[self.method](
             self.weight_bits, "weight", axis=axis, rows=rows, group_size=group,
             noise=self.weight_noise or q.WEIGHT_NOISE.get(self.method), count=self.grad_scale_count, **options,
@@ -144,14 +142,11 @@ class QConfig:
         return quantizer
 
     def activation_quantizer(self):
-        options = {"ewgs": self.ewgs_delta} if self.method == "ewgs" else {}
-        if self.method == "saq":
-            options = {"offset": self.act_offset}
         return q.ACTIVATION[self.method](
-            self.act_bits,
-            "activation",
-            signed=self.act_signed,
-            noise=self.act_noise,
-            count=self.grad_scale_count,
-            **options,
-        )
+            self.act_bits, "activation", signed=self.act_signed, noise=self.act_noise, count=self.grad_scale_count,
+            **self._options(offset=self.act_offset),
+        )  # fmt: skip
+
+    def _options(self, **of_saq):
+        """What the quantizers of one method take beyond the others'."""
+        return {"ewgs": {"ewgs": self.ewgs_delta}, "saq": of_saq}.get(self.method, {})

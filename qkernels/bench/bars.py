@@ -162,17 +162,8 @@ def table(rows, as_markdown=False, issue=""):
         limit = f"{'at least' if bar.least else 'at most'} {bar.limit:g}x"
         verdict = "not measured" if value is None else "pass" if bar.holds(value) else "FAIL"
         where = "-" if row is None else f"{row['case']} {row['dtype']} {row['threads']}t"
-        lines.append(
-            (
-                bar.issue.upper(),
-                bar.what,
-                limit,
-                results.number(value, suffix="x"),
-                verdict,
-                where,
-                str(count),
-            )
-        )
+        measured = results.number(value, suffix="x")
+        lines.append((bar.issue.upper(), bar.what, limit, measured, verdict, where, str(count)))
     return results.text(lines, as_markdown)
 
 

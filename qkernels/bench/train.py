@@ -13,9 +13,8 @@ from .rows import BASELINES, OURS, Problem, Refused, Row, check_serves, ours, pl
 MODEL, BATCH, SIZE, BITS = "resnet20", 128, 32, 4
 EVERY = (4, 1)  # SAQ's tau
 RIVAL_SPREAD = 0.01  # of a rival's loss, relative
-SPREAD = (
-    1e-4  # of our loss and gradients against the reference's, relative: sums may differ in their last bits
-)
+# Of our loss and gradients against the reference's, relative: sums may differ in their last bits.
+SPREAD = 1e-4
 
 
 class _Rival(torch.nn.Module):

@@ -33,14 +33,9 @@ class VGG19(nn.Module):
             self.classifier = nn.Linear(512, num_classes)
         else:
             self.avgpool = nn.AdaptiveAvgPool2d(7)
-            hidden = [
-                nn.Linear(512 * 49, 4096),
-                nn.ReLU(),
-                nn.Dropout(),
-                nn.Linear(4096, 4096),
-                nn.ReLU(),
-                nn.Dropout(),
-            ]
+            hidden = []
+            for inputs in (512 * 49, 4096):
+                hidden += [nn.Linear(inputs, 4096), nn.ReLU(), nn.Dropout()]
             self.classifier = nn.Sequential(*hidden, nn.Linear(4096, num_classes))
         he_init(self)
 

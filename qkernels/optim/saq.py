@@ -43,17 +43,8 @@ class SAQ(SAM):
         if case not in (1, 2, 3):
             raise ValueError(f"case must be 1, 2 or 3, got {case!r}")
         self._captures = {}
-        super().__init__(
-            model,
-            base,
-            rho,
-            every=every,
-            beta=beta,
-            vanilla_loss=vanilla_loss,
-            perturb_scales=perturb_scales,
-            sync_perturbation=sync_perturbation,
-            max_norm=max_norm,
-        )
+        super().__init__(model, base, rho, every=every, beta=beta, vanilla_loss=vanilla_loss, max_norm=max_norm,
+                         perturb_scales=perturb_scales, sync_perturbation=sync_perturbation)  # fmt: skip
         self.case = case
         if case != 2 and not self._quantized():
             raise ValueError(f"case {case} needs a model with quantized weights{self._why_none()}")

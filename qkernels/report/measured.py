@@ -135,20 +135,11 @@ def _column(key):
 def _corruption(groups):
     """QGen's tables 4 to 6: the gap under corruption by severity, green where below the first float model's."""
     found = [g for g in groups if g.measured("generalization", "corrupted")]
-    names = list(
-        {n: None for g in found for cells in g.measured("generalization", "corrupted") for n in cells}
-    )
+    measured = [cells for g in found for cells in g.measured("generalization", "corrupted")]
+    names = list({name: None for cells in measured for name in cells})
     if not names:
         return ""
-    severities = sorted(
-        {
-            s
-            for g in found
-            for c in g.measured("generalization", "corrupted")
-            for cell in c.values()
-            for s in cell
-        }
-    )
+    severities = sorted({s for cells in measured for cell in cells.values() for s in cell})
     reference = next((g.label for g in found if g.bits == "FP32"), None)
 
     def gap(g, name, severity):

@@ -14,7 +14,7 @@ def page(groups, title):
     several = {}
     for group in groups:
         several.setdefault((group.config["data"], group.config["model"]), []).append(group)
-    parts = [_head(groups, title), _results(groups)]
+    parts = [_head(groups, title), _results(groups, several)]
     parts += [_curves(data, model, members) for (data, model), members in several.items()]
     parts += measured.sections(several)
     parts.append(_runs(groups))
@@ -37,7 +37,7 @@ def _versions(runs):
     return [run.config.get("versions") or {} for run in runs]
 
 
-def _results(groups):
+def _results(groups, several):
     """The table of QGen's table 1, a row per group, and the accuracies as a plot."""
     headers = ["Recipe", "Model", "Data", "Settings", "Seeds", "Test acc %", "Train acc %", "Test loss",
                "Train loss", "Gap", "Step ms"]  # fmt: skip
@@ -61,8 +61,7 @@ def _results(groups):
         }
         rows.append([row[name] for name in headers])
     plots = []
-    for data, model in dict.fromkeys((g.config["data"], g.config["model"]) for g in groups):
-        members = [g for g in groups if (g.config["data"], g.config["model"]) == (data, model)]
+    for (data, model), members in several.items():
         dots = [(g.label, i, [100 * v for v in g.values("test_acc")]) for i, g in enumerate(members)]
         name = f"Test accuracy, {model} on {data.partition(':')[0]}"
         plots.append(figure(charts.dot_chart([d for d in dots if d[2]], "test accuracy (%)", name), name))
@@ -114,18 +113,8 @@ def _mean_curve(group, key, factor):
 
 def _runs(groups):
     """Every run by itself, folded away."""
-    headers = [
-        "Folder",
-        "Recipe",
-        "Bits",
-        "Seed",
-        "Epochs",
-        "Test acc %",
-        "Train acc %",
-        "Gap",
-        "Step ms",
-        "Minutes",
-    ]
+    headers = ["Folder", "Recipe", "Bits", "Seed", "Epochs", "Test acc %", "Train acc %", "Gap", "Step ms",
+               "Minutes"]  # fmt: skip
     rows = []
     for group in groups:
         for run in group.runs:
@@ -136,12 +125,6 @@ def _runs(groups):
                 step = "" if r.get("step_ms") is None else f"{r['step_ms']:.1f}"
                 numbers = [f"{100 * r['test_acc']:.2f}", f"{100 * r['train_acc']:.2f}",
                            f"{r['test_loss'] - r['train_loss']:.4f}", step, f"{r['seconds'] / 60:.1f}"]  # fmt: skip
-            facts = [
-                str(run.path),
-                (group.config["recipe"], "text"),
-                (group.bits, "text"),
-                str(run.config["seed"]),
-                done,
-            ]
-            rows.append(facts + numbers)
+            names = [str(run.path), (group.config["recipe"], "text"), (group.bits, "text")]
+            rows.append([*names, str(run.config["seed"]), done, *numbers])
     return f"<details><summary>Every run</summary>{table(headers, rows, 'cards')}</details>"

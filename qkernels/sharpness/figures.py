@@ -53,9 +53,8 @@ def output_variance(model, loader, levels=(0.01, 0.03, 0.1, 0.3), *, samples=10,
     models = _compared(model)
     data = Data(loader, next(next(iter(models.values())).parameters()).device, batches)
     traces = {name: _Outputs(m) for name, m in models.items()}
-    sums = {
-        name: {} for name in models
-    }  # per layer: variance at each level; sum, squares, count of the clean output
+    # Per layer: variance at each level; sum, squares, count of the clean output.
+    sums = {name: {} for name in models}
     first = 0
     for done, (x, _) in enumerate(data):
         noises = [_input_noise(x, seed, k, first) for k in range(samples)]

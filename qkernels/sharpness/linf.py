@@ -54,7 +54,7 @@ def linf_sharpness(model, loader, criterion=F.cross_entropy, rho=1e-3, *, steps=
     subject = Subject(model, weights, parameters)
     data = Data(loader, subject.device, batches)
     points = [None, *_box(subject.values, rho, ball, restarts - 1, seed)]
-    losses, best = [], (-math.inf, 0, 0)
+    losses, best, box = [], (-math.inf, 0, 0), {"alpha": rho, "step": step_size, "ball": ball}
     for restart, values in enumerate(points):
         values, path = subject.values if values is None else values, []
         for step in range(steps + 1):
@@ -63,15 +63,7 @@ def linf_sharpness(model, loader, criterion=F.cross_entropy, rho=1e-3, *, steps=
             if loss > best[0]:
                 best = (loss, restart, step)
             if step < steps:
-                values = perturb(
-                    subject.values,
-                    "sign",
-                    alpha=rho,
-                    step=step_size,
-                    grads=gradients,
-                    points=values,
-                    ball=ball,
-                )[0]
+                values = perturb(subject.values, "sign", grads=gradients, points=values, **box)[0]
         losses.append(path)
     loss, (worst, restart, step) = losses[0][0], best
     settings = {

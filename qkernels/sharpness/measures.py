@@ -161,34 +161,19 @@ def measure(model, loader, initial, *, weights="latent", noise="std", target="ac
 
 def _copies(name, size, subject, data, settings, counter):
     """The perturbed values of one step of a search."""
-    magnitude = name.endswith("_mag")
+    magnitude, num, seed = name.endswith("_mag"), settings["samples"], settings["seed"]
     if name.startswith("sigma"):
-        return noisy_copies(
-            subject.values,
-            size,
-            magnitude,
-            settings["samples"],
-            settings["seed"],
-            settings["noise"],
-            settings["eps"],
-        )
-    copies = _starts(subject.values, size, magnitude, settings["ball"], settings["samples"], settings["seed"])
+        return noisy_copies(subject.values, size, magnitude, num, seed, settings["noise"], settings["eps"])
+    copies = _starts(subject.values, size, magnitude, settings["ball"], num, seed)
     return [_ascend(values, size, magnitude, subject, data, settings, counter) for values in copies]
 
 
 def noisy_copies(params, sigma, magnitude, num, seed, noise="std", eps=1e-3):
     """num copies w + s n: s = sigma, or sqrt(sigma^2 w^2 + eps^2); of noise "variance" the square of that."""
-    if noise == "std":
-        return perturb(
-            params,
-            "magnitude" if magnitude else "normal",
-            std=sigma,
-            num=num,
-            seed=seed,
-            **({"eps": eps} if magnitude else {}),
-        )
     if not magnitude:
-        return perturb(params, "normal", std=sigma**2, num=num, seed=seed)
+        return perturb(params, "normal", std=sigma if noise == "std" else sigma**2, num=num, seed=seed)
+    if noise == "std":
+        return perturb(params, "magnitude", std=sigma, eps=eps, num=num, seed=seed)
     copies = perturb([torch.zeros_like(w) for w in params], "normal", std=1.0, num=num, seed=seed)
     spreads = [w.square().mul_(sigma**2).add_(eps**2) for w in params]
     for copy in copies:
@@ -224,12 +209,8 @@ def _ascend(values, alpha, magnitude, subject, data, settings, counter):
                     subject.values, "ascent", alpha=alpha, step=step, grads=gradients, points=values, **shape
                 )[0]
             else:
-                values = _project_l2(
-                    [p + step * g for p, g in zip(values, gradients, strict=True)],
-                    subject.values,
-                    alpha,
-                    magnitude,
-                )
+                values = [p + step * g for p, g in zip(values, gradients, strict=True)]
+                values = _project_l2(values, subject.values, alpha, magnitude)
             taken += 1
     return values
 

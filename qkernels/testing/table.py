@@ -73,21 +73,18 @@ class Op:
 
     name: str
     make: Callable  # (case, device) -> the op's arguments
-    exact: tuple[
-        bool, ...
-    ]  # of each output (one for all alike): equal to the reference, or a sum within its bound
+    # Of each output (one for all alike): equal to the reference, or a sum within its bound.
+    exact: tuple[bool, ...]
     traffic: Callable  # args -> bytes that must move
     options: tuple[str, ...]
-    magnitude: Callable = lambda args, output: (
-        0.0
-    )  # largest |term| (of each channel) of an inexact output's sums
+    # The largest |term| (of each channel) of an inexact output's sums.
+    magnitude: Callable = lambda args, output: 0.0
     terms: Callable = lambda args, output: args[0].numel() // max(output.numel(), 1)  # terms of one sum
     dtypes: tuple[torch.dtype, ...] = FLOATS
     granularities: tuple[str, ...] = GRANULARITIES
     memories: tuple[str, ...] = MEMORIES
-    rounding: Callable = lambda args: (
-        None
-    )  # in which dtype an inexact output's terms are rounded, if not its own
+    # In which dtype an inexact output's terms are rounded, if not its own.
+    rounding: Callable = lambda args: None
     legal: Callable = lambda case: True
     writes: bool = False  # the op returns nothing and writes into the tensors of its first argument
 
@@ -114,10 +111,9 @@ class Case:
         if self.granularity.startswith("axis"):
             axis = int(self.granularity[4:])
             return self.shape[axis], axis
-        per_row = {"tensor": math.prod(self.shape), "token": (self.shape or (1,))[-1], "group": GROUP}[
-            self.granularity
-        ]
-        return max(math.prod(self.shape) // max(per_row, 1), 1), layout.FLAT
+        numel = math.prod(self.shape)
+        per_row = {"tensor": numel, "token": (self.shape or (1,))[-1], "group": GROUP}[self.granularity]
+        return max(numel // max(per_row, 1), 1), layout.FLAT
 
     @property
     def settings(self) -> dict:

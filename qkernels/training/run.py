@@ -21,24 +21,11 @@ from .log import RunLog, read_json, read_log, say, summary_writer
 from .recipe import CHOICES, SETTINGS, available_recipes, parse_assignment
 from .start import data_of, lr_factor_of, new_trainer, seed_all
 
-FLAGS = (
-    "weight_bits",
-    "act_bits",
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "weight_decay",
-    "accumulate",
-    "clip_grad_norm",
-    "float_epochs",
-    "bn_reestimate",
-    "amp",
-    "augment",
-    "compile",
-    "channels_last",
-)
-
+FLAGS = ("weight_bits", "act_bits", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "accumulate",
+         "clip_grad_norm", "float_epochs", "bn_reestimate", "amp", "augment", "compile", "channels_last")  # fmt: skip
+# Arguments of `train` that are the machine's, and how it is used.
+OPTIONS = ("resume", "device", "threads", "workers", "deterministic", "tensorboard", "keep_best", "keep_every",
+           "quiet")  # fmt: skip
 EPOCHS = "epochs"  # the folder of the weights that keep_every keeps
 
 
@@ -132,19 +119,8 @@ def main(args):
             raise ValueError(
                 f"--image-size: is for folder:DIR; the images of {config['data']} have their own size"
             )
-    names = (
-        "resume",
-        "device",
-        "threads",
-        "workers",
-        "deterministic",
-        "tensorboard",
-        "keep_best",
-        "keep_every",
-    )
     try:
-        options = {name: getattr(args, name) for name in names}
-        result = train(config, args.out, quiet=args.quiet, **options)
+        result = train(config, args.out, **{name: getattr(args, name) for name in OPTIONS})
     except Interrupted as stop:
         say(f"qkernels: {stop}", quiet=distributed.rank() > 0)
         return 128 + stop.signal
