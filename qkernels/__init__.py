@@ -12,6 +12,7 @@
 __version__ = "0.1.0"
 
 import importlib
+from typing import TYPE_CHECKING
 
 from . import backend, distill, nn, noise, optim
 from .backend import use_backend
@@ -23,21 +24,25 @@ from .qconfig import QConfig
 backend.load()
 backend._force_from_environment()
 
-_LATER = ("bn_reestimate", "corruptions", "export", "models", "report", "sharpness", "sweep", "training")
+# Strings alone, for type checkers read no other list.
 __all__ = [
-    "QConfig", "calibrate", "convert_", "dequantize", "disabled", "distill", "fake_quantize", "nn", "noise", "optim",
-    "pack", "param_groups", "perturb", "perturbed", "quantize", "quantize_", "summary", "unpack", "use_backend",
-    *_LATER,
+    "QConfig", "bn_reestimate", "calibrate", "convert_", "corruptions", "dequantize", "disabled", "distill", "export",
+    "fake_quantize", "models", "nn", "noise", "optim", "pack", "param_groups", "perturb", "perturbed", "quantize",
+    "quantize_", "report", "sharpness", "summary", "sweep", "training", "unpack", "use_backend",
 ]  # fmt: skip
 
+if TYPE_CHECKING:
+    from . import corruptions, export, models, report, sharpness, sweep, training
+    from .training import bn_reestimate
+else:  # type checkers would take it that there is any name
 
-def __getattr__(name):
-    """What few programs need is imported when it is first used."""
-    if name == "bn_reestimate":
-        return importlib.import_module(f"{__name__}.training").bn_reestimate
-    if name in _LATER:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        """What few programs need is imported when it is first used."""
+        if name == "bn_reestimate":
+            return importlib.import_module(f"{__name__}.training").bn_reestimate
+        if name in __all__:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

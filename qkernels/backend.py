@@ -7,7 +7,9 @@ import contextlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -99,7 +101,7 @@ def op(name: str):
     return getattr(reference, name) if _forced == "reference" else _lazy_triton(name)
 
 
-def apply_function(function: type[torch.autograd.Function], counterpart: str | None = None):
+def apply_function(function: Any, counterpart: str | None = None) -> Callable[..., Any]:
     """``function.apply``, without its inspection of the signature (most of a small call) where nothing needs it.
 
     ``counterpart`` is its name in the eager library. Where no gradient is wanted it is ``function.forward``.
@@ -120,7 +122,7 @@ def apply_function(function: type[torch.autograd.Function], counterpart: str | N
 
 
 @contextlib.contextmanager
-def use_backend(name: str):
+def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on one backend: "native", "triton" or "reference".
 
     "native" is the dispatcher's choice, as outside of the block: on a device whose native library is not there, Triton

@@ -2,7 +2,9 @@
 
 import contextlib
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from . import backend, candidates
 from . import nn as qnn
 from . import quantizers as q
+from .annotations import Model
 from .observe import Statistics, run_first, share_reached
 from .qconfig import QConfig
 from .seeds import SeedSource
@@ -17,7 +20,7 @@ from .tabulate import columns
 from .wrapped import check_whole, refresh, settle, unwrapped
 
 
-def quantize_(model, config=None, **settings):
+def quantize_(model: Model, config: QConfig | None = None, **settings: Any) -> Model:
     """Swap every Linear, Conv1d, Conv2d, ConvTranspose2d and Embedding of the model for its quantized form, in place.
     qk.nn's layers that were made by hand get their quantizers.
 
@@ -109,18 +112,18 @@ def _quantized(layer, config):
     return qnn.QUANTIZED[kind].wrap(layer, weight, config.activation_quantizer() if takes_floats else None)
 
 
-def quantizers(model):
+def quantizers(model: nn.Module) -> list[q.Quantizer]:
     """The quantizers of a model, in its order."""
     return [m for m in model.modules() if isinstance(m, q.Quantizer)]
 
 
-def layers(model):
+def layers(model: nn.Module) -> list[tuple[str, qnn._Quantized]]:
     """(name, layer) of the quantized layers, in the model's order."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, qnn._Quantized)]
 
 
 @contextlib.contextmanager
-def disabled(model, *names):
+def disabled(model: nn.Module, *names: str) -> Iterator[None]:
     """Inside the block the quantizers pass on what they get: all, or those of the modules of these names and below.
 
     For a layer's share of the loss in accuracy, say, or some epochs in floating point first. SAQ's and DoReFa's
@@ -146,7 +149,9 @@ def disabled(model, *names):
 
 
 @torch.no_grad()
-def calibrate(model, loader, batches=8, forward=run_first):
+def calibrate(
+    model: Model, loader: Iterable[Any], batches: int = 8, forward: Callable[[Model, Any], Any] = run_first
+) -> Model:
     """Set every step size: weights' from the weights, activations' from up to ``batches`` batches of ``loader``.
 
     No gradients. BatchNorm normalises by the batch and keeps its statistics, unless it is frozen (in evaluation mode
@@ -226,7 +231,7 @@ def _of(model, quantizers):
 
 
 @torch.no_grad()
-def convert_(model):
+def convert_(model: Model) -> Model:
     """Replace every quantized weight by packed integers, in place; evaluation outputs stay the same, bit for bit.
 
     The model is left in evaluation mode and cannot be trained further. Pruning, weight_norm and parametrizations of
@@ -246,16 +251,22 @@ def convert_(model):
     for layer in found:
         layer.weight_quantizer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
         del layer.weight
-        layer.weight = None
+        layer.weight = None  # type: ignore[assignment]  # torch.nn's layers declare a tensor
     return model
 
 
-def param_groups(model, lr, weight_decay=0.0, scale_lr=None):
+def param_groups(
+    model: nn.Module,
+    lr: float | torch.Tensor,
+    weight_decay: float = 0.0,
+    scale_lr: float | torch.Tensor | None = None,
+) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer: weights and the rest, and the quantizers' numbers without weight decay.
 
     lr: of all; scale_lr (default lr): of step sizes, offsets, clips. PACT's clip keeps weight decay, as in its paper.
     """
-    learned, decayed = [], []
+    learned: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for quantizer in quantizers(model):
         trainable = [p for p in quantizer.parameters(recurse=False) if p.requires_grad]
         (decayed if quantizer.decayed else learned).extend(trainable)
@@ -270,7 +281,7 @@ def param_groups(model, lr, weight_decay=0.0, scale_lr=None):
     return [group for group in groups if group["params"]]
 
 
-def summary(model):
+def summary(model: nn.Module) -> str:
     """A table of the quantized layers: name, kind, weight and activation grid, granularity, step sizes, backend.
 
     Layers with weights that stay in floating point follow below.

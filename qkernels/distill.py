@@ -1,7 +1,9 @@
 """Distillation from a float teacher: the features of every quantized layer (FPQ's CSD), or the logits."""
 
 import sys
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +37,14 @@ class FeatureDistillation:
     Source: FPQ eqs. 15 to 17 and Algorithm 1.
     """
 
-    def __init__(self, student, teacher, reduction="mean", weight=1.0, layers=None):
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        reduction: str = "mean",
+        weight: float = 1.0,
+        layers: Iterable[str] | None = None,
+    ) -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction, self.weight = reduction, weight
@@ -63,7 +72,7 @@ class FeatureDistillation:
         self._student.attach(wanted, self.axes)
         self._teacher.attach(given, self.axes)
 
-    def loss(self, *args, **kwargs):
+    def loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The distance of the features of student's last forward; ``args`` is what that forward was given.
 
         A scalar with a gradient for the student. The kept features are released.
@@ -82,7 +91,7 @@ class FeatureDistillation:
         finally:
             self._asking = False
             targets = self._teacher.take()
-        total = 0.0
+        total: Any = 0.0
         for name, axis in self.axes.items():
             pairs = features.get(name, []), targets.get(name, [])
             if len(pairs[0]) != len(pairs[1]):
@@ -105,15 +114,15 @@ class FeatureDistillation:
         dtype = torch.promote_types(s.dtype, t.dtype)
         return ops.standardized_distance(s.to(dtype), t.to(dtype), axis=axis, reduction=self.reduction)
 
-    def remove(self):
+    def remove(self) -> None:
         """Take the hooks away and release the kept features."""
         self._student.remove()
         self._teacher.remove()
 
-    def __enter__(self):
+    def __enter__(self) -> "FeatureDistillation":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
 
@@ -197,7 +206,9 @@ def _check_device(teacher, feature):
         raise ValueError(f"teacher must be on {feature.device} as student is, got {parameter.device}")
 
 
-def logit_distillation(student_logits, teacher_logits, temperature=4.0):
+def logit_distillation(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 4.0
+) -> torch.Tensor:
     """temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature)), the mean over the batch.
 
     Logits of shape (N, classes), any float dtype, computed in float32 (float64); no gradient for the teacher.

@@ -8,10 +8,11 @@ import importlib.machinery
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
-library = None
+library: Any = None
 why_not = "needs _C_cpu.so"
 
 
@@ -28,6 +29,7 @@ def load() -> None:
     else:
         try:
             spec = importlib.util.spec_from_file_location("qkernels._eager", path)
+            assert spec and spec.loader, "the suffix is one of this Python's"
             found = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(found)
             found.set_python_backward(_gradients)

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import convert, layout, noise, ops
 from . import nn as qnn
+from .annotations import StrPath
 from .files import whole
 from .quantizers import Quantizer
 from .reference.quantizer import safe_scale
@@ -112,7 +113,9 @@ class WeightGrid(Grid):
         )
 
 
-def export_torch(model, x, path):
+def export_torch(
+    model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], path: StrPath
+) -> torch.export.ExportedProgram:
     """Write the model as a torch.export program (.pt2) with integer weights; the first dimension of x is dynamic.
 
     Evaluation outputs equal the model's, bit for bit. ``torch.export.load(path).module()(x)`` runs it, in a program
@@ -133,7 +136,7 @@ def export_torch(model, x, path):
     return program
 
 
-def export_onnx(model, x, path):
+def export_onnx(model: nn.Module, x: torch.Tensor | tuple[torch.Tensor, ...], path: StrPath) -> int:
     """Write the model as an ONNX QDQ graph; the first dimension of x is dynamic.
 
     Activations: QuantizeLinear and DequantizeLinear; of 8, 4 or 2 bits, others in 8 after a Clip. Weights: packed
@@ -182,6 +185,7 @@ def export_onnx(model, x, path):
                 traced, custom_translation_table=_translations(), opset_version=opset, optimize=False,
                 verbose=False, dynamic_shapes=tuple({0: "batch"} for _ in x),
             )  # fmt: skip
+        assert program is not None, "torch's former exporter alone returns nothing"
     finally:
         log.setLevel(level)
     _narrow(program.model, types)
@@ -193,7 +197,7 @@ def export_onnx(model, x, path):
     return opset
 
 
-def integer_state_dict(model):
+def integer_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Everything that evaluation needs, as plain tensors by name; safetensors can hold it.
 
     A quantized weight NAME.weight (levels q of ``shape``, dequantized as (q - zero_point) * scale + offset):
@@ -209,11 +213,11 @@ def integer_state_dict(model):
     frozen = _integer_copy(model)
     if not convert.layers(frozen):
         raise ValueError("model has no quantized layer: call qk.quantize_ first")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, layer in convert.layers(frozen):
         prefix = name + "." if name else ""
         weight, act = layer.weight_quantizer, layer.input_quantizer
-        if weight is not None:
+        if isinstance(weight, qnn.IntegerWeight):
             axis = layout.FLAT if weight.axis is None else weight.axis
             found = {"packed": weight.packed, **weight.grid()}
             # Training may turn its sign, of which the ops take no notice.
@@ -221,7 +225,7 @@ def integer_state_dict(model):
             numbers = {"bits": [weight.bits], "signed": [int(weight.signed)], "axis": [axis]}
             found |= {key: torch.tensor(value) for key, value in {**numbers, "shape": weight.shape}.items()}
             tensors |= {f"{prefix}weight.{key}": value for key, value in found.items()}
-        if act is not None:
+        if isinstance(act, Quantizer):
             grid = act.grid()
             found = {**grid, "scale": safe_scale(grid["scale"]), "bounds": torch.tensor(act.bounds())}
             tensors |= {f"{prefix}input.{key}": value for key, value in found.items()}

@@ -1,32 +1,49 @@
 """Quantized layers, drop-in for torch.nn's: same constructor and state dict, and two quantizers beside the weight."""
 
 import warnings
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import ops
-from .quantizers import at_least_float32
+from .quantizers import Quantizer, at_least_float32
 from .wrapped import whole
+
+Wrapped = TypeVar("Wrapped", bound="_Quantized")
 
 
 def _is_called(module, args):
     """Does nothing; without any hook torch's encoder layers read the weights themselves, past ``forward``."""
 
 
-class _Quantized:
+class _Quantized(nn.Module):
     """A layer whose weight and input pass through quantizers; either may be None (then that tensor stays as it is)."""
 
     channel_axis = 0  # of the weight: its output channels
+    weight: torch.Tensor
+    weight_quantizer: nn.Module | None
+    input_quantizer: nn.Module | None
 
-    def __init__(self, *args, weight_quantizer=None, input_quantizer=None, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        weight_quantizer: nn.Module | None = None,
+        input_quantizer: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.weight_quantizer, self.input_quantizer = weight_quantizer, input_quantizer
         self.register_forward_pre_hook(_is_called)
 
     @classmethod
-    def wrap(cls, layer, weight_quantizer=None, input_quantizer=None):
+    def wrap(
+        cls: type[Wrapped],
+        layer: nn.Module,
+        weight_quantizer: nn.Module | None = None,
+        input_quantizer: nn.Module | None = None,
+    ) -> Wrapped:
         """The quantized form of a torch.nn layer: shares its parameters, buffers, hooks and training mode."""
         wrapped = cls.__new__(cls)
         wrapped.__dict__ = dict(layer.__dict__)
@@ -34,7 +51,7 @@ class _Quantized:
         wrapped.weight_quantizer, wrapped.input_quantizer = weight_quantizer, input_quantizer
         for quantizer in (weight_quantizer, input_quantizer):
             if quantizer is not None:
-                quantizer.train(layer.training).to(layer.weight.device)
+                quantizer.train(layer.training).to(wrapped.weight.device)
         wrapped.register_forward_pre_hook(_is_called)
         return wrapped
 
@@ -58,31 +75,31 @@ class _Quantized:
             return
         self.weight_quantizer.start_on(own)
 
-    def quantized_weight(self):
+    def quantized_weight(self) -> torch.Tensor:
         return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
 
-    def quantized_input(self, x):
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
 
 class QuantLinear(_Quantized, nn.Linear):
     """nn.Linear on quantized input and weight."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
 class QuantConv1d(_Quantized, nn.Conv1d):
     """nn.Conv1d on quantized input and weight."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
 class QuantConv2d(_Quantized, nn.Conv2d):
     """nn.Conv2d on quantized input and weight."""
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
 
 
@@ -90,14 +107,23 @@ class QuantConvTranspose2d(_Quantized, nn.ConvTranspose2d):
     """nn.ConvTranspose2d on quantized input and weight; its output channels are the weight's axis 1."""
 
     channel_axis = 1
+    padding: tuple[int, ...]  # words are for convolutions that are not transposed
 
-    def forward(self, x, output_size=None):
+    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         x = self.quantized_input(x)
-        padding = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        # torch annotates the call with TorchScript's lists, where its own attributes are tuples.
+        settings: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
+        padding = self._output_padding(x, output_size, *settings)
+        return F.conv_transpose2d(
+            x,
+            self.quantized_weight(),
+            self.bias,
+            self.stride,
+            self.padding,
+            padding,
+            self.groups,
+            self.dilation,
         )
-        settings = self.stride, self.padding, padding, self.groups, self.dilation
-        return F.conv_transpose2d(x, self.quantized_weight(), self.bias, *settings)
 
 
 class QuantEmbedding(_Quantized, nn.Embedding):
@@ -106,14 +132,14 @@ class QuantEmbedding(_Quantized, nn.Embedding):
     Grids without zero (methods saq, pact, dorefa) move a padding row of zeros too.
     """
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.embedding(
             x, self.quantized_weight(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
             self.sparse,
         )  # fmt: skip
 
 
-QUANTIZED = {
+QUANTIZED: dict[type[nn.Module], type[_Quantized]] = {
     nn.Linear: QuantLinear,
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
@@ -129,7 +155,9 @@ class IntegerWeight(nn.Module):
     The values keep the weight's order of memory, for it is what a convolution chooses its algorithm by.
     """
 
-    def __init__(self, quantizer, weight):
+    packed: torch.Tensor
+
+    def __init__(self, quantizer: Quantizer, weight: torch.Tensor) -> None:
         super().__init__()
         levels, grid = quantizer.integers(weight)
         self.shape, self.axis, self.dtype = tuple(weight.shape), quantizer.axis, weight.dtype
@@ -148,7 +176,7 @@ class IntegerWeight(nn.Module):
         """Arguments of dequantize: scale, and offset, zero_point where the quantizer's grid had them."""
         return {name: getattr(self, name) for name in self.grid_names}
 
-    def integers(self):
+    def integers(self) -> torch.Tensor:
         """The levels, int8 or uint8, in the weight's shape and order of memory."""
         levels = ops.unpack(self.packed, self.bits, self.shape, self.signed)
         if levels.stride() == self.strides:
@@ -163,9 +191,9 @@ class IntegerWeight(nn.Module):
         self.dtype, self.strides = values.dtype, values.stride()
         return super()._apply(lambda t: at_least_float32(fn, t), recurse)
 
-    def forward(self, _=None):
+    def forward(self, _: object = None) -> torch.Tensor:
         where = {"axis": self.axis, "group_size": self.group_size}
         return ops.dequantize(self.integers(), dtype=self.dtype, **where, **self.grid())
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"shape={self.shape}, bits={self.bits}"

@@ -1,12 +1,15 @@
 """Statistics of the data a quantizer starts from, gathered over batches and agreed between processes."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+from torch import nn
 
 _SAMPLES = 8192  # kept per batch for the least-squares range
 
 
-def run_first(model, batch):
+def run_first(model: nn.Module, batch: Any) -> Any:
     """The model on the tensor that a batch is, or begins with. TypeError where there is none."""
     x = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(x, torch.Tensor):

@@ -4,8 +4,11 @@ import contextlib
 import itertools
 import math
 import numbers
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from . import layout, ops, quantizers
 from .nn import IntegerWeight
@@ -19,11 +22,18 @@ _TAKES = {
     "uniform": ("alpha",), "sign": _ASCENT, "ascent": _ASCENT, "direction": ("at", "directions"),
 }  # fmt: skip
 _BALLS = ("constant", "magnitude")
+_Sizes = float | Sequence[float]
 _BLOCKS = itertools.count()
 
 
-def perturb(params, kind="normal", *, std=None, rho=None, alpha=None, at=None, num=1, seed=0, grads=None,
-            directions=None, points=None, step=None, ball=None, eps=None, eta=None, first=0, out=None):  # fmt: skip
+def perturb(params: Sequence[torch.Tensor], kind: str = "normal", *, std: _Sizes | None = None,
+            rho: _Sizes | None = None, alpha: _Sizes | None = None,
+            at: _Sizes | Sequence[Sequence[float]] | None = None, num: int = 1, seed: int | torch.Tensor = 0,
+            grads: Sequence[torch.Tensor] | None = None,
+            directions: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]] | None = None,
+            points: Sequence[torch.Tensor] | None = None, step: float | None = None, ball: str | None = None,
+            eps: float | None = None, eta: float | None = None, first: int = 0,
+            out: Sequence[Sequence[torch.Tensor]] | None = None) -> list[list[torch.Tensor]]:  # fmt: skip
     """Perturbed copies of all parameters in one call; the parameters themselves are not touched.
 
     kind         copy of w                                                               size
@@ -73,7 +83,9 @@ def perturb(params, kind="normal", *, std=None, rho=None, alpha=None, at=None, n
 
 
 @contextlib.contextmanager
-def perturbed(model, kind="normal", *, params=None, **settings):
+def perturbed(
+    model: nn.Module, kind: str = "normal", *, params: Sequence[torch.Tensor] | None = None, **settings: Any
+) -> Iterator[list[torch.Tensor]]:
     """Inside the block the model's parameters are a perturbed copy; leaving it, also by an exception, restores them.
 
     The parameters' storage is exchanged for the copy's and back, so nothing is rounded and nothing moves. What the

@@ -1,8 +1,11 @@
 """QConfig: how a model is quantized, checked, and the quantizers of one layer by it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from . import candidates
@@ -44,15 +47,15 @@ class QConfig:
     first_last_bits: int | None = 8
     act_signed: bool | None = None
     act_offset: bool = False
-    exclude: tuple[str, ...] = field(default=())
+    exclude: Sequence[str] = field(default=())
     grad_scale_count: str = "features"
     weight_norm: str = "detach"
     weight_noise: noises.Noise | None = None
     act_noise: noises.Noise | None = None
     ewgs_delta: float = 1e-3
-    overrides: dict[str, dict] = field(default_factory=dict, hash=False)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict, hash=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.method not in q.WEIGHT:
             raise ValueError(f"method must be one of {', '.join(q.WEIGHT)}; got {self.method!r}")
         for name in ("weight_bits", "act_bits", "first_last_bits"):
@@ -101,26 +104,28 @@ class QConfig:
             raise ValueError(
                 f"overrides must be a dict, name of a module -> settings, got {self.overrides!r}"
             )
-        accepted = {f.name for f in fields(self)} - {"exclude", "overrides", "first_last_bits"}
+        known = {f.name for f in fields(self)} - {"exclude", "overrides", "first_last_bits"}
         for name, settings in self.overrides.items():
-            if not isinstance(settings, dict) or settings.keys() - accepted:
+            if not isinstance(settings, dict) or settings.keys() - known:
                 raise ValueError(
-                    f"overrides[{name!r}] must be a dict of {', '.join(sorted(accepted))}; got {settings!r}"
+                    f"overrides[{name!r}] must be a dict of {', '.join(sorted(known))}; got {settings!r}"
                 )
             try:
                 self.of(name)
             except ValueError as error:
                 raise ValueError(f"overrides[{name!r}]: {error}") from None
 
-    def of(self, *names, at_end=False):
+    def of(self, *names: str, at_end: bool = False) -> "QConfig":
         """The settings of the layer of that name (a shared one: names); ``at_end``: it is the first or the last."""
         found = (key for key in self.overrides if any(candidates.within(name, key) for name in names))
         own = max(found, key=len, default=None)
         ends = [key for key in ("weight_bits", "act_bits") if at_end and getattr(self, key) is not None]
-        settings = {**dict.fromkeys(ends, self.first_last_bits), **self.overrides.get(own, {})}
+        settings: dict[str, Any] = dict.fromkeys(ends, self.first_last_bits)
+        if own is not None:
+            settings |= self.overrides[own]
         return replace(self, exclude=(), overrides={}, **settings)
 
-    def weight_quantizer(self, layer_type, weight):
+    def weight_quantizer(self, layer_type: type[nn.Module], weight: torch.Tensor) -> q.Quantizer:
         """The quantizer of one weight, started from it."""
         conv = layer_type not in (nn.Linear, nn.Embedding)
         group = None if conv else self.weight_group_size
@@ -141,12 +146,12 @@ class QConfig:
         quantizer.start_on(weight)
         return quantizer
 
-    def activation_quantizer(self):
+    def activation_quantizer(self) -> q.Quantizer:
         return q.ACTIVATION[self.method](
             self.act_bits, "activation", signed=self.act_signed, noise=self.act_noise, count=self.grad_scale_count,
             **self._options(offset=self.act_offset),
         )  # fmt: skip
 
-    def _options(self, **of_saq):
+    def _options(self, **of_saq: Any) -> dict[str, Any]:
         """What the quantizers of one method take beyond the others'."""
         return {"ewgs": {"ewgs": self.ewgs_delta}, "saq": of_saq}.get(self.method, {})

@@ -8,8 +8,11 @@ import os
 import re
 import signal
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from .annotations import StrPath
 from .files import write_json, write_text
 from .tabulate import markdown, spread
 from .training.cells import Cell, check_cells, check_device_and_data, done, results, work
@@ -63,7 +66,7 @@ def main(args):
     return exit_code(cells, args.out, stopped, errors)
 
 
-def exit_code(cells, out, stopped, errors):
+def exit_code(cells: Sequence[Cell], out: StrPath, stopped: int, errors: dict[str, str]) -> int:
     """That of a command which ran the cells; what is missing is told, with the errors."""
     finished, failed = results(cells, out)
     errors = {name: error for name, error in errors.items() if name not in {**finished, **failed}}
@@ -80,7 +83,7 @@ def exit_code(cells, out, stopped, errors):
     return int(bool(failed or left))
 
 
-def load_grid(path, fixed=None):
+def load_grid(path: StrPath, fixed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The cells of a grid file, in its order.
 
     The file has `[settings]`, which all cells share, and `[grid]`, a list of values for each axis; cells are their
@@ -157,7 +160,15 @@ def _cell(settings, point):
     return Cell(re.sub(r"[^\w.=+-]+", "-", "_".join(words)) or "cell", filled)
 
 
-def run_cells(cells, out, workers=1, engine="local", retry=False, quiet=False, **machine):
+def run_cells(
+    cells: Sequence[Cell],
+    out: StrPath,
+    workers: int = 1,
+    engine: str = "local",
+    retry: bool = False,
+    quiet: bool = False,
+    **machine: Any,
+) -> tuple[int, dict[str, str]]:
     """Trains what is left of `cells` with `workers` processes.
 
     Returns (the signal that stopped it, else 0; {name: error} of the cells left because of an error that is not their
@@ -247,7 +258,7 @@ def _run_on_ray(cells, out, workers, quiet, machine):
     return max(stopped for stopped, _ in ended), {k: v for _, errors in ended for k, v in errors.items()}
 
 
-def write_table(grid, out):
+def write_table(grid: dict[str, Any], out: StrPath) -> str:
     """Means over the finished cells by the grid's `by` axes: OUT/table.md and table.json; returns the former's text.
 
     The columns of QGen's table 1. Nothing in it depends on time or order, so a sweep that was interrupted ends with
@@ -256,7 +267,7 @@ def write_table(grid, out):
     out = Path(out)
     cells = [cell for cell, _ in grid["cells"]]
     finished, failed = results(cells, out)
-    groups = {}
+    groups: dict[str, list[Any]] = {}
     for cell, point in grid["cells"]:
         group = groups.setdefault(json.dumps([point[axis] for axis in grid["by"]]), [0, []])
         group[0] += 1

@@ -381,6 +381,9 @@ def test_wheel_contents_are_declared():
     bare = [folder for folder in packages if not (ROOT / folder / "__init__.py").exists()]
     assert not bare, f"folders without __init__.py do not reach the wheel: {bare}"
     manifest = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    # Without this file type checkers take nothing from an installed package.
+    assert (PACKAGE / "py.typed").is_file() and any("py.typed" in line for line in manifest)
+    assert "py.typed" in settings["tool"]["setuptools"]["package-data"]["qkernels"]
     grafted = [folder for command, folder, *_ in manifest if command == "graft"]
     assert grafted and [folder for folder in grafted if not (ROOT / folder).is_dir()] == []
     # setuptools reads a literal without importing torch, which an isolated build does not have.

@@ -48,7 +48,8 @@ class Row:
     def name(self):
         return f"{self.op} {self.case} {self.dtype}"
 
-    __str__ = name.fget
+    def __str__(self):
+        return self.name
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """`corrupt`: the 15 corruptions on batches of images."""
 
 import io
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from ..annotations import File, Integer
 from . import filters, textures
 from .published import CIFAR_MAX_SIDE, CORRUPTIONS, GROUPS, SEVERITIES, check_name, check_severity, parameters
 from .readers import pillow
@@ -17,9 +19,10 @@ GREY = np.array([0.299, 0.587, 0.114], dtype=np.float32)[:, None, None]
 MIN_SIDE = 8
 # Values worked on at a time: bounds the memory and keeps the temporaries in cache.
 CHUNK = 1 << 20
+Images = TypeVar("Images", torch.Tensor, np.ndarray)
 
 
-def corrupt(images, name, severity, seed=0, start=0):
+def corrupt(images: Images, name: str, severity: Integer, seed: Integer = 0, start: Integer = 0) -> Images:
     """Images under one of the 15 common corruptions of Hendrycks & Dietterich, "Benchmarking Neural Network
     Robustness to Common Corruptions and Perturbations" (ICLR 2019), at a severity from 1 to 5.
 
@@ -255,7 +258,7 @@ APPLY = {
 }
 
 
-def contact_sheet(image, path, seed=0, caption=""):
+def contact_sheet(image: Images, path: File, seed: Integer = 0, caption: str = "") -> File:
     """Writes a picture of one image under all corruptions (rows) and severities (columns) to `path`.
 
     `image` is (C, H, W), otherwise as in `corrupt`; `caption` stands beside the clean image. Thumbnails have

@@ -1,6 +1,10 @@
 """Names and severity constants of the 15 corruptions, as published with CIFAR-10-C and ImageNet-C."""
 
+from typing import Any
+
 import numpy as np
+
+from ..annotations import Integer
 
 GROUPS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
@@ -14,7 +18,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 # Images whose shorter side is at most this many pixels take the CIFAR constants.
 CIFAR_MAX_SIDE = 64
 
-CIFAR = {
+CIFAR: dict[str, tuple[Any, ...]] = {
     # standard deviation
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
     # photons at full white
@@ -59,7 +63,7 @@ CIFAR = {
     "jpeg_compression": (80, 65, 58, 50, 40),
 }
 
-IMAGENET = {
+IMAGENET: dict[str, tuple[Any, ...]] = {
     "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),
     "shot_noise": (60, 25, 12, 5, 3),
     "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),
@@ -107,7 +111,7 @@ def check_severity(severity):
     return int(severity)
 
 
-def parameters(name, severity, height, width):
+def parameters(name: str, severity: Integer, height: int, width: int) -> tuple[float, ...]:
     """The published constants of a corruption for images of `height` x `width` pixels, as a tuple.
 
     The CIFAR-C constants serve images whose shorter side has at most 64 pixels, the ImageNet-C constants all

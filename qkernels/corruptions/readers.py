@@ -1,16 +1,19 @@
 """Readers of the published sets: CIFAR-10-C and CIFAR-100-C (.npy files), ImageNet-C (JPEG folders)."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..annotations import Integer, StrPath
 from .published import CORRUPTIONS, SEVERITIES, check_name, check_severity
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
-def load_cifar_c(directory, name, severity):
+def load_cifar_c(directory: StrPath, name: str, severity: Integer) -> tuple[torch.Tensor, torch.Tensor]:
     """One corruption at one severity of CIFAR-10-C or CIFAR-100-C, read from DIR/<name>.npy and
     DIR/labels.npy.
 
@@ -53,7 +56,7 @@ def _load_array(directory, stem):
         raise ValueError(f"{path} is not a complete .npy array: {error}") from error
 
 
-class ImageNetC(torch.utils.data.Dataset):
+class ImageNetC(torch.utils.data.Dataset[tuple[Any, int]]):
     """One corruption at one severity of ImageNet-C, from DIR/<name>/<severity>/<class>/*.JPEG, for a
     DataLoader.
 
@@ -63,7 +66,13 @@ class ImageNetC(torch.utils.data.Dataset):
     images.
     """
 
-    def __init__(self, directory, name, severity, transform=None):
+    def __init__(
+        self,
+        directory: StrPath,
+        name: str,
+        severity: Integer,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
         check_name(name)
         root = Path(directory) / name / str(check_severity(severity))
         if not root.is_dir():
@@ -73,10 +82,10 @@ class ImageNetC(torch.utils.data.Dataset):
         self.classes = list(found)
         self.samples = [(path, label) for label, paths in enumerate(found.values()) for path in paths]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         Image = pillow()
         path, label = self.samples[index]
         try:

@@ -3,6 +3,8 @@
 import importlib
 import re
 
+from torch import nn
+
 from qkernels.models import mobilenet, resnet, vgg, vit
 from qkernels.models.nin import NiN
 from qkernels.models.wide_resnet import wide_resnet
@@ -14,12 +16,12 @@ _NUMBERED = {r"nin_d(\d+)_w(\d+)": NiN, r"wrn_(\d+)_(\d+)": wide_resnet}
 _EXAMPLES = ["nin_d2_w1", "nin_d4_w10", "wrn_16_4", "wrn_28_10"]
 
 
-def available_models():
+def available_models() -> list[str]:
     """Sorted names for `build_model`; a few stand for all nin_d<depth>_w<width> and wrn_<depth>_<width>."""
     return sorted([*_MODELS, *_EXAMPLES])
 
 
-def build_model(name, num_classes, in_channels=3, image_size=32):
+def build_model(name: str, num_classes: int, in_channels: int = 3, image_size: int = 32) -> nn.Module:
     """Network ``name`` with new random weights, (N, in_channels, image_size, image_size) -> (N, num_classes).
 
     Images of at most 64 pixels get the CIFAR stem, larger ones the ImageNet stem. Besides `available_models`,

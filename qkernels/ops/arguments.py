@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from .. import layout
+from ..annotations import Integer
 from ..reference import compute_type
 
 _INT32 = 2**31
@@ -13,7 +14,9 @@ STORED = (2**8 - 2**24, 2**24 - 2**8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def bounds(bits, signed, quant_min, quant_max) -> tuple[int, int]:
+def bounds(
+    bits: Integer | None, signed: bool, quant_min: int | None, quant_max: int | None
+) -> tuple[int, int]:
     """(quant_min, quant_max) from ``bits`` or as given. Errors name what is accepted."""
     if bits is None:
         if quant_min is None or quant_max is None:

@@ -1,9 +1,12 @@
 """Integer levels in place of fake ones, and their packing: schema, fake and public function together."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from .. import backend, layout
+from ..annotations import Integer
 from ..reference import quantizer as reference
 from .arguments import DTYPES, STORED, bounds, prepare, whole_zero_point
 from .quantizer import GRID
@@ -36,8 +39,10 @@ backend.define("pack", "(Tensor q, int bits) -> Tensor", _fake_pack)
 backend.define("unpack", "(Tensor p, int bits, int numel, bool signed) -> Tensor", _fake_unpack)
 
 
-def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,
-             offset=None, zero_point=None):  # fmt: skip
+def quantize(x: torch.Tensor, scale: torch.Tensor, *, bits: Integer | None = None, signed: bool = True,
+             quant_min: int | None = None, quant_max: int | None = None, axis: int | None = None,
+             group_size: int | None = None, offset: torch.Tensor | None = None,
+             zero_point: int | torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """The integer levels of x: clip(rint((x - offset) / scale) + zero_point, quant_min, quant_max).
 
     Returns int8 (uint8 where quant_max > 127) of x's shape and strides; NaN takes the level nearest to zero. No
@@ -54,7 +59,9 @@ def quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None
         return backend.op("quantize")(x, scale, offset, zero_point, axis, quant_min, quant_max)
 
 
-def dequantize(q, scale, *, axis=None, group_size=None, offset=None, zero_point=None, dtype=torch.float32):
+def dequantize(q: torch.Tensor, scale: torch.Tensor, *, axis: int | None = None, group_size: int | None = None,
+               offset: torch.Tensor | None = None, zero_point: int | torch.Tensor | None = None,
+               dtype: torch.dtype = torch.float32) -> torch.Tensor:  # fmt: skip
     """(q - zero_point) * scale + offset in ``dtype``: equal to fake_quantize of what q was quantized from.
 
     q: int8 or uint8. Errors as ``quantize``. The gradient stops here.
@@ -76,7 +83,7 @@ def _prepare(x, scale, offset, zero_point, axis, group_size):
     return prepare(x, scale, offset, zero_point, axis, group_size, STORED)
 
 
-def pack(q, bits):
+def pack(q: torch.Tensor, bits: Integer) -> torch.Tensor:
     """Integer levels as a flat uint8 tensor of ceil(numel * bits / 8) bytes, the first level in the lowest bits.
 
     q: int8 or uint8, every level within ``bits`` (not checked); bits: 2, 4 or 8. Contiguous order.
@@ -85,7 +92,7 @@ def pack(q, bits):
     return backend.op("pack")(q, bits)
 
 
-def unpack(p, bits, shape, signed=True):
+def unpack(p: torch.Tensor, bits: Integer, shape: Sequence[int], signed: bool = True) -> torch.Tensor:
     """The levels ``pack`` stored, in ``shape``: int8, sign-extended, or uint8 where signed is False.
 
     ValueError where p does not hold exactly that many levels.

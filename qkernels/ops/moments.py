@@ -129,7 +129,9 @@ def _along(grad, student, teacher, v, axis, eps, mean):
     return first.reshape(-1).to(grad.dtype), second.to(student.dtype)
 
 
-def standardized_distance(student, teacher, *, axis=1, eps=1e-5, reduction="mean"):
+def standardized_distance(
+    student: torch.Tensor, teacher: torch.Tensor, *, axis: int = 1, eps: float = 1e-5, reduction: str = "mean"
+) -> torch.Tensor:
     """How far student is from teacher once every channel of both is standardised (FPQ's CSD of one layer).
 
     sum over channels of ||t~ - s~||^2,  s~ = (s - mean(s)) / sqrt(var(s) + eps) over all axes but ``axis``

@@ -6,6 +6,7 @@ from torch.overrides import has_torch_function
 
 from .. import backend, layout
 from .. import noise as noises
+from ..annotations import Integer
 from ..reference import quantizer as reference
 from .arguments import bounds, prepare, whole_zero_point
 
@@ -57,6 +58,8 @@ def _serving(name, x, noise):
 
 class FakeQuantize(torch.autograd.Function):
     """Remembers its inputs, nothing else."""
+
+    forward_mode: "type[ForwardMode]"
 
     @staticmethod
     def forward(x, scale, offset, zero_point, seed, shift, shift_scale, axis, quant_min, quant_max, grad_scale,
@@ -119,6 +122,8 @@ def gradients(*inputs):
 
 class FakeQuantizeBackward(torch.autograd.Function):
     """The gradient as a function of its own, linear in grad, so that second derivatives are the surrogate's."""
+
+    forward_mode: "type[BackwardForwardMode]"
 
     @staticmethod
     def forward(grad, x, scale, offset, zero_point, seed, axis, quant_min, quant_max, grad_scale, clip_only, ewgs,
@@ -269,9 +274,13 @@ def _constant(name):
     return ValueError(f"{name} is a constant, without a derivative; got one that asks for it: detach it")
 
 
-def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max=None, axis=None, group_size=None,
-                  offset=None, zero_point=None, grad_scale=1.0, noise=None, seed=None, stream=0, clip_only=False,
-                  ewgs=0.0, shift=None, shift_scale=None):  # fmt: skip
+def fake_quantize(x: torch.Tensor, scale: torch.Tensor, *, bits: Integer | None = None, signed: bool = True,
+                  quant_min: int | None = None, quant_max: int | None = None, axis: int | None = None,
+                  group_size: int | None = None, offset: torch.Tensor | None = None,
+                  zero_point: int | torch.Tensor | None = None, grad_scale: float = 1.0,
+                  noise: noises.Noise | None = None, seed: torch.Tensor | None = None, stream: int = 0,
+                  clip_only: bool = False, ewgs: float = 0.0, shift: torch.Tensor | None = None,
+                  shift_scale: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
     """Quantize and dequantize x in one pass, with a straight-through gradient for x, scale and offset.
 
     y = clip(rint((x - offset) / scale), quant_min - zero_point, quant_max - zero_point) * scale + offset
@@ -319,8 +328,11 @@ def fake_quantize(x, scale, *, bits=None, signed=True, quant_min=None, quant_max
             raise TypeError(f"shift must be a tensor of x's shape and dtype, got {shift!r}")
         if shift.shape != x.shape or shift.dtype != x.dtype:
             raise ValueError(f"shift must have x's shape and dtype, got {tuple(shift.shape)} {shift.dtype}")
-        given = isinstance(shift_scale, torch.Tensor)
-        if not given or shift_scale.numel() != 1 or shift_scale.dtype != torch.float32:
+        if (
+            not isinstance(shift_scale, torch.Tensor)
+            or shift_scale.numel() != 1
+            or shift_scale.dtype != torch.float32
+        ):
             raise ValueError(f"shift needs shift_scale, a float32 tensor of shape (1,), got {shift_scale!r}")
         for name, t in (("shift", shift), ("shift_scale", shift_scale)):
             if t.device != x.device:

@@ -2,3 +2,5 @@
 
 from .sam import SAM
 from .saq import SAQ
+
+__all__ = ["SAM", "SAQ"]

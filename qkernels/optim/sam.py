@@ -5,6 +5,8 @@ import inspect
 import itertools
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ from .. import eager, ops, quantizers
 from .. import nn as qnn
 from . import lists
 from .second_pass import Exchange, Statistics
+
+Loss = TypeVar("Loss")
 
 
 class SAM(torch.optim.Optimizer):
@@ -53,8 +57,10 @@ class SAM(torch.optim.Optimizer):
     Source: Foret et al. 2021, eq. 2; Kwon et al. 2021, eq. 5; Liu et al. 2022 (LookSAM); SAQ, Algorithm 1.
     """
 
-    def __init__(self, model, base, rho=0.05, *, adaptive=False, eta=0.01, every=1, beta=0.7, vanilla_loss=False,
-                 perturb_scales=False, sync_perturbation=False, max_norm=None):  # fmt: skip
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.05, *, adaptive: bool = False,
+                 eta: float = 0.01, every: int = 1, beta: float = 0.7, vanilla_loss: bool = False,
+                 perturb_scales: bool = False, sync_perturbation: bool = False,
+                 max_norm: float | None = None) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if not isinstance(base, torch.optim.Optimizer):
@@ -80,8 +86,10 @@ class SAM(torch.optim.Optimizer):
         self._warn_of_steps_that_stay()
         self.steps = 0  # finished steps
         self._undo = contextlib.ExitStack()  # what takes the perturbation back
-        self._stage, self._first, self._local_gradients = "first", [], False
-        self._exchanges, self._statistics, self._length = [], Statistics(model), None
+        self._stage, self._local_gradients = "first", False
+        self._first: list[tuple[float, list[torch.Tensor], list[torch.Tensor]]] = []
+        self._exchanges: list[Exchange] = []
+        self._statistics, self._length = Statistics(model), None
 
     def _warn_of_steps_that_stay(self):
         """An optimizer made before quantize_ has the weights, but not their step sizes."""
@@ -102,7 +110,15 @@ class SAM(torch.optim.Optimizer):
 
     # --- the two passes ---
 
-    def step(self, closure=None, scaler=None):
+    @overload  # without a closure it raises
+    def step(self, closure: None = None, scaler: torch.amp.GradScaler | None = None) -> NoReturn: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss], scaler: torch.amp.GradScaler | None = None) -> Loss: ...
+
+    def step(
+        self, closure: Callable[[], Loss] | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> Loss:
         """One step: ``closure`` clears gradients, runs forward and backward and returns the loss; called once or twice.
 
         Returns: the loss of the first pass. scaler: a GradScaler whose scale the closure applied; its ``update`` is
@@ -124,7 +140,7 @@ class SAM(torch.optim.Optimizer):
         return loss
 
     @contextlib.contextmanager
-    def first_pass(self):
+    def first_pass(self) -> Iterator[None]:
         """Around the first forward and backward: keeps DDP's gradients local where m-sharpness needs them so."""
         model, self._local_gradients = self.model, False
         if (
@@ -139,7 +155,7 @@ class SAM(torch.optim.Optimizer):
             yield
 
     @torch.no_grad()
-    def first_step(self):
+    def first_step(self) -> bool:
         """After the first backward: perturb, and clear the gradients, where this step has a second pass.
 
         Returns: True if it has one. ``second_step`` follows either way.
@@ -180,7 +196,7 @@ class SAM(torch.optim.Optimizer):
             self._first = [(rho, params, [g.clone() for g in grads]) for rho, params, grads in self._first]
 
     @torch.no_grad()
-    def second_step(self, scaler=None):
+    def second_step(self, scaler: torch.amp.GradScaler | None = None) -> None:
         """Take the perturbation back, make the objective's gradient, let the base optimizer (or scaler) step."""
         if self._stage != "second":
             raise RuntimeError("second_step needs first_step before it")
@@ -204,7 +220,7 @@ class SAM(torch.optim.Optimizer):
         self.steps += 1
         self._ready()
 
-    def restore(self):
+    def restore(self) -> None:
         """Take the perturbation back, if there is one; the step counts as not begun."""
         self._undo.close()
         self._stage, self._first = "first", []
@@ -301,16 +317,16 @@ class SAM(torch.optim.Optimizer):
             f"{type(self).__name__} cannot be copied or pickled; make a new one and load state_dict()"
         )
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """The base optimizer's."""
         self.base.zero_grad(set_to_none)
         self._ready()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """torch's, with g_v of LookSAM, the base optimizer's state and the number of steps: resuming is bit-exact."""
         return {**super().state_dict(), "base": self.base.state_dict(), "steps": self.steps}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned. ValueError for another optimizer's."""
         missing = {"base", "steps", "state", "param_groups"} - set(state_dict)
         if missing:

@@ -3,6 +3,7 @@
 import weakref
 
 import torch
+from torch import nn
 
 from .. import nn as qnn
 from .. import quantizers
@@ -38,8 +39,9 @@ class SAQ(SAM):
     Source: SAQ, eqs. 9, 12, 14, 15 and Algorithm 1; where the first tau - 1 steps have no g_v yet, g_s = g.
     """
 
-    def __init__(self, model, base, rho=0.3, *, case=3, every=4, beta=0.7, vanilla_loss=True, perturb_scales=False,
-                 sync_perturbation=False, max_norm=None):  # fmt: skip
+    def __init__(self, model: nn.Module, base: torch.optim.Optimizer, rho: float = 0.3, *, case: int = 3,
+                 every: int = 4, beta: float = 0.7, vanilla_loss: bool = True, perturb_scales: bool = False,
+                 sync_perturbation: bool = False, max_norm: float | None = None) -> None:  # fmt: skip
         if case not in (1, 2, 3):
             raise ValueError(f"case must be 1, 2 or 3, got {case!r}")
         self._captures = {}

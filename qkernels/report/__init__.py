@@ -1,7 +1,9 @@
 """`qkernels report`: one self-contained HTML page of tables and plots over training runs."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from ..annotations import StrPath
 from ..files import write_text
 from .page import page
 from .runs import find_runs, group_runs
@@ -22,7 +24,7 @@ def main(args):
     return 0
 
 
-def write_report(run_dirs, path, title="Training runs"):
+def write_report(run_dirs: Iterable[StrPath], path: StrPath, title: str = "Training runs") -> Path:
     """Writes one HTML page over runs to `path` and returns it; styles, plots and pictures are inside the file.
 
     Runs that differ in the seed alone are one row, with mean and sample standard deviation. Shown are accuracy, loss,

@@ -13,3 +13,24 @@ from .gaps import generalization, layer_table
 from .linf import LinfSharpness, linf_sharpness
 from .measures import Report, measure
 from .surface import Landscape, landscape
+
+__all__ = [
+    "Density",
+    "Hessian",
+    "Landscape",
+    "LinfSharpness",
+    "Report",
+    "bounds",
+    "cosine_of_gradients",
+    "generalization",
+    "gradient_norms",
+    "hessian",
+    "hessian_trace_along",
+    "landscape",
+    "layer_table",
+    "linf_sharpness",
+    "measure",
+    "output_variance",
+    "spectral_density",
+    "training_epochs",
+]

@@ -1,12 +1,16 @@
 """The Hessian of the loss with respect to the weights, through the quantizers: eigenvalues, trace, density."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..annotations import Criterion, Progress
 from ..perturbation import perturb
 from .data import Data
 from .saved import Saved
@@ -28,24 +32,24 @@ class Hessian(Saved):
     products over all images.
     """
 
-    eigenvalues: list
-    residuals: list
+    eigenvalues: list[float]
+    residuals: list[float]
     iterations: int
-    converged: list
+    converged: list[bool]
     trace: float | None
     trace_stderr: float | None
-    trace_samples: list
-    traces: dict
+    trace_samples: list[float]
+    traces: dict[str, float]
     products: int
-    density: object = None
-    eigenvectors: list = field(default=None, repr=False)
-    names: list = field(default=None, repr=False)
+    density: "Density | None" = None
+    eigenvectors: list[list[torch.Tensor]] | None = field(default=None, repr=False)
+    names: list[str] | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if isinstance(self.density, dict):
             self.density = Density(**self.density)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """All but the eigenvectors, and the names of their tensors."""
         values = {k: v for k, v in vars(self).items() if k not in _UNSAVED}
         return {**values, "density": None if self.density is None else vars(self.density)}
@@ -59,11 +63,11 @@ class Hessian(Saved):
 class Density(Saved):
     """Spectral density by stochastic Lanczos quadrature: nodes and weights (summing to 1), averaged over ``probes``."""
 
-    nodes: list
-    weights: list
+    nodes: list[float]
+    weights: list[float]
     probes: int
 
-    def curve(self, points=200, sigma=None):
+    def curve(self, points: int = 200, sigma: float | None = None) -> tuple[list[float], list[float]]:
         """(eigenvalues, density): the nodes blurred by Gaussians of deviation sigma, default 1 % of the range."""
         nodes, weights = (torch.tensor(t, dtype=torch.float64) for t in (self.nodes, self.weights))
         sigma = sigma or 0.01 * max((nodes.max() - nodes.min()).item(), 1e-12)
@@ -110,9 +114,10 @@ class _Products:
         return [[torch.where(t < 0, -1.0, 1.0).to(t) for t in v] for v in drawn]
 
 
-def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *, weights="latent",
-            parameters="weights", density_probes=0, density_steps=40, tolerance=1e-3, iterations=200,
-            batches=None, seed=0, progress=None):  # fmt: skip
+def hessian(model: nn.Module, loader: Iterable[Any], criterion: Criterion = F.cross_entropy, top: int = 3,
+            trace_samples: int = 32, *, weights: str = "latent", parameters: str = "weights", density_probes: int = 0,
+            density_steps: int = 40, tolerance: float = 1e-3, iterations: int = 200, batches: int | None = None,
+            seed: int = 0, progress: Progress | None = None) -> Hessian:  # fmt: skip
     """Top eigenvalues and trace of the Hessian of the mean loss over the whole loader, through the quantizers.
 
     Eigenvalues by Lanczos, until ||H v - lambda v|| <= tolerance |lambda| (then an eigenvalue is that near; the error
@@ -141,7 +146,8 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
     if top > product.subject.count:
         raise ValueError(f"top must be at most {product.subject.count}, the number of parameters, got {top}")
     tell = progress or (lambda *_: None)
-    found, vectors = [], []
+    found: list[tuple[float, float]] = []
+    vectors: list[list[torch.Tensor]] = []
     for i in range(top):  # one after the other, for an eigenvalue may come several times
         start = product.random("normal", 1, seed, first=i)[0]
         value, residual, vector = _largest(product, start, vectors, tolerance, iterations)
@@ -154,7 +160,7 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
     least = 1e-3 * max(map(abs, values), default=0.0)
     converged = [r <= tolerance * max(abs(value), least) for value, r in zip(values, residuals, strict=True)]
     vectors, taken = [vectors[i] for i in order], product.count
-    parts = []  # of the samples: one number for each tensor
+    parts: list[list[float]] = []  # of the samples: one number for each tensor
     while len(parts) < trace_samples:
         num = min(_TOGETHER, trace_samples - len(parts))
         signs = product.random("sign", num, seed + 1, first=len(parts))
@@ -175,8 +181,10 @@ def hessian(model, loader, criterion=F.cross_entropy, top=3, trace_samples=32, *
     )  # fmt: skip
 
 
-def spectral_density(model, loader, criterion=F.cross_entropy, probes=4, steps=40, *, weights="latent",
-                     parameters="weights", batches=None, seed=0, progress=None):  # fmt: skip
+def spectral_density(model: nn.Module, loader: Iterable[Any], criterion: Criterion = F.cross_entropy,
+                     probes: int = 4, steps: int = 40, *, weights: str = "latent", parameters: str = "weights",
+                     batches: int | None = None, seed: int = 0,
+                     progress: Progress | None = None) -> Density:  # fmt: skip
     """The density of the Hessian's eigenvalues by stochastic Lanczos quadrature, through the quantizers.
 
     Each probe: ``steps`` of Lanczos with full reorthogonalisation from a random vector; the tridiagonal

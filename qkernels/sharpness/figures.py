@@ -3,12 +3,15 @@
 import contextlib
 import copy
 import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .. import nn as qnn
+from ..annotations import Criterion, Model, Progress
 from ..convert import param_groups, quantizers
 from ..noise import FeaturePerturbation
 from ..optim import SAM, SAQ, lists
@@ -24,11 +27,14 @@ from .pictures import GradientCosine, GradientNorms, OutputVariance, TraceAlong
 from .subject import check_at_least, check_module, check_positive, logits_of, shadow
 
 _TRACED = (nn.modules.conv._ConvNd, nn.Linear)
+Epochs = TypeVar("Epochs", bound=Iterable[tuple[int, nn.Module]])
 
 
 @torch.no_grad()
-def output_variance(model, loader, levels=(0.01, 0.03, 0.1, 0.3), *, samples=10, batches=None, seed=0,
-                    progress=None):  # fmt: skip
+def output_variance(model: nn.Module | dict[str, Model], loader: Iterable[Any],
+                    levels: Iterable[float] = (0.01, 0.03, 0.1, 0.3), *, samples: int = 10,
+                    batches: int | None = None, seed: int = 0,
+                    progress: Progress | None = None) -> OutputVariance:  # fmt: skip
     """Variance of the network's and of every layer's output under Gaussian noise on the images.
 
     V(sigma) = mean over images and output elements of Var_n[f(x + sigma n)], n ~ N(0, 1), unbiased over
@@ -54,7 +60,7 @@ def output_variance(model, loader, levels=(0.01, 0.03, 0.1, 0.3), *, samples=10,
     data = Data(loader, next(next(iter(models.values())).parameters()).device, batches)
     traces = {name: _Outputs(m) for name, m in models.items()}
     # Per layer: variance at each level; sum, squares, count of the clean output.
-    sums = {name: {} for name in models}
+    sums: dict[str, dict[str, torch.Tensor]] = {name: {} for name in models}
     first = 0
     for done, (x, _) in enumerate(data):
         noises = [_input_noise(x, seed, k, first) for k in range(samples)]
@@ -75,8 +81,9 @@ def output_variance(model, loader, levels=(0.01, 0.03, 0.1, 0.3), *, samples=10,
     return OutputVariance(levels, variance, relative, spread, settings)
 
 
-def gradient_norms(model, loader, criterion=F.cross_entropy, *, samples=4, training=True, batches=None, seed=0,
-                   progress=None):  # fmt: skip
+def gradient_norms(model: nn.Module, loader: Iterable[Any], criterion: Criterion = F.cross_entropy, *,
+                   samples: int = 4, training: bool = True, batches: int | None = None, seed: int = 0,
+                   progress: Progress | None = None) -> GradientNorms:  # fmt: skip
     """||grad_w L|| of each batch without noise, with noise on the weights, and with noise on the features.
 
     The noise is delta ~ U[-s/2, s/2), s the quantizer's own step: added to the quantized weight of every
@@ -94,7 +101,7 @@ def gradient_norms(model, loader, criterion=F.cross_entropy, *, samples=4, train
     """
     check_at_least(samples=samples)
     model = _private(model, training)
-    kinds = {"none": []}
+    kinds: dict[str, list[Quantizer]] = {"none": []}
     for name, role in (("weights", "weight"), ("features", "activation")):
         members = [q for q in quantizers(model) if q.role == role]
         if members:
@@ -103,7 +110,7 @@ def gradient_norms(model, loader, criterion=F.cross_entropy, *, samples=4, train
         raise ValueError("model has no quantizers, whose steps are the noise: call qk.quantize_(model) first")
     params = learned_weights(model)
     data = Data(loader, params[0].device, batches)
-    draws = {name: [] for name in kinds}
+    draws: dict[str, list[list[float]]] = {name: [] for name in kinds}
     generator = torch.Generator().manual_seed(seed)
     with _own_randomness(seed, params[0].device):
         for done, (x, target) in enumerate(data):
@@ -117,14 +124,18 @@ def gradient_norms(model, loader, criterion=F.cross_entropy, *, samples=4, train
                 draws[name].append(values)
             if progress is not None:
                 progress("gradient norms", done + 1, len(data.targets))
-    norms = {name: [sum(v) / len(v) for v in values] for name, values in draws.items()}
+    norms: dict[str, list[float | None]] = {
+        name: [sum(v) / len(v) for v in values] for name, values in draws.items()
+    }
     every = {name: _moments([v for values in rows for v in values]) for name, rows in draws.items()}
     settings = {"samples": samples, "training": training, "images": data.size, "seed": seed}
-    return GradientNorms(norms, *({name: e[i] for name, e in every.items()} for i in (0, 1)), settings)
+    mean, deviation = ({name: e[i] for name, e in every.items()} for i in (0, 1))
+    return GradientNorms(norms, mean, deviation, settings)
 
 
-def cosine_of_gradients(model, loader, criterion=F.cross_entropy, rho=0.3, case=3, *, training=True, batches=None,
-                        seed=0, progress=None):  # fmt: skip
+def cosine_of_gradients(model: nn.Module, loader: Iterable[Any], criterion: Criterion = F.cross_entropy,
+                        rho: float = 0.3, case: int | None = 3, *, training: bool = True, batches: int | None = None,
+                        seed: int = 0, progress: Progress | None = None) -> GradientCosine:  # fmt: skip
     """Cosine between the gradients of the perturbed and of the vanilla loss, batch by batch.
 
     g_s = grad_u L(w + eps_q + e), g = grad_u L(Q(w)), u everything that learns, step sizes and clip levels
@@ -163,11 +174,14 @@ def cosine_of_gradients(model, loader, criterion=F.cross_entropy, rho=0.3, case=
             if progress is not None:
                 progress("cosine of gradients", done + 1, len(data.targets))
     settings = {"rho": rho, "case": case, "training": training, "images": data.size, "seed": seed}
-    return GradientCosine(cosines, ratios, *_moments(cosines), settings)
+    mean, deviation = _moments(cosines)
+    return GradientCosine(cosines, ratios, mean, deviation, settings)
 
 
-def hessian_trace_along(epochs, loader, criterion=F.cross_entropy, trace_samples=16, *, weights="latent",
-                        batches=None, seed=0, progress=None):  # fmt: skip
+def hessian_trace_along(epochs: Epochs | dict[str, Epochs], loader: Iterable[Any],
+                        criterion: Criterion = F.cross_entropy, trace_samples: int = 16, *, weights: str = "latent",
+                        batches: int | None = None, seed: int = 0,
+                        progress: Callable[[str, int, None], object] | None = None) -> TraceAlong:  # fmt: skip
     """The Hessian's trace at each of a run's models, with the same random vectors for all of them.
 
     Args:
@@ -179,7 +193,7 @@ def hessian_trace_along(epochs, loader, criterion=F.cross_entropy, trace_samples
     Returns: TraceAlong. Raises: ValueError naming the argument. Source: FPQ, fig. 5.
     """
     check_at_least(trace_samples=trace_samples)
-    runs = {}
+    runs: dict[str, dict[str, list[Any]]] = {}
     for name, models in (epochs if isinstance(epochs, dict) else {"run": epochs}).items():
         run = runs[name] = {"epochs": [], "trace": [], "stderr": []}
         for epoch, model in models:
@@ -195,7 +209,9 @@ def hessian_trace_along(epochs, loader, criterion=F.cross_entropy, trace_samples
     return TraceAlong(runs, {"trace_samples": trace_samples, "weights": weights, "seed": seed})
 
 
-def training_epochs(config, device="cpu", *, workers=4):
+def training_epochs(
+    config: dict[str, Any], device: str | torch.device = "cpu", *, workers: int = 4
+) -> Iterator[tuple[int, nn.Module]]:
     """Train as ``config`` says and give (0, model) at the start and (e, model) after epoch e; writes nothing.
 
     The weights are those of ``qkernels.training.train`` with the same config, whatever is measured in

@@ -1,6 +1,7 @@
 """The eight generalization measures as formulas. Source: QGen, eqs. 15 to 22 (after Jiang et al. 2020)."""
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -12,7 +13,14 @@ NAMES = tuple(
 )
 
 
-def bounds(w, w0, m, sizes, eps=1e-3, delta=None):
+def bounds(
+    w: Iterable[torch.Tensor],
+    w0: Iterable[torch.Tensor],
+    m: float,
+    sizes: Mapping[str, float],
+    eps: float = 1e-3,
+    delta: float | None = None,
+) -> dict[str, float]:
     """The eight bounds mu, by name, in float64 Python numbers.
 
         eqs. 15, 16  pac_bayes_init, _orig      |r|^2 / (4 sigma^2) + log(m / delta) + 10

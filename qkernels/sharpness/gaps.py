@@ -1,15 +1,25 @@
 """Generalization of a trained run: train, test and corrupted test data, and what its layers look like."""
 
-import torch
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
+from torch import nn
+
+from ..annotations import Progress
 from ..corruptions import CORRUPTIONS, SEVERITIES, ImageNetC, corrupt, load_cifar_c
 from ..nn import QUANTIZED, _Quantized
 from ..quantizers import Quantizer
+from ..training.data import Data
 from ..training.engine import evaluate
 
+_LAYERS: tuple[Any, ...] = (_Quantized, *QUANTIZED)
 
-def generalization(model, data, corruptions=(), severities=SEVERITIES, *, published=None, seed=0, done=None,
-                   progress=None):  # fmt: skip
+
+def generalization(model: nn.Module, data: Data, corruptions: Iterable[str] = (),
+                   severities: Sequence[int] = SEVERITIES, *, published: str | None = None, seed: int = 0,
+                   done: dict[str, Any] | None = None,
+                   progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
     """Loss and accuracy on training, test and corrupted test images, and the gaps between them.
 
     gap: test loss - training loss; accuracy_gap: training accuracy - test accuracy; per corruption,
@@ -124,7 +134,7 @@ class _Published:
 
 
 @torch.no_grad()
-def layer_table(model):
+def layer_table(model: nn.Module) -> list[dict[str, Any]]:
     """Per layer: bits, weight norm, step sizes and quantization error. Source: QGen fig. 1, table 2; NT table 6.
 
     weight_step, input_step: mean step size; mean_error: mean of |Q(w) - w|, w standardised first where the
@@ -132,7 +142,7 @@ def layer_table(model):
     """
     rows = []
     for name, layer in model.named_modules():
-        if not isinstance(layer, (_Quantized, *QUANTIZED)):
+        if not isinstance(layer, _LAYERS):
             continue
         weight, activation = (getattr(layer, f"{role}_quantizer", None) for role in ("weight", "input"))
         row = {"name": name, "weight_bits": None, "weight_step": None, "mean_error": None}

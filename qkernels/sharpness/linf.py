@@ -1,11 +1,15 @@
 """The worst loss in a small box around the weights."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ..annotations import Criterion
 from ..perturbation import perturb
 from .data import Data
 from .saved import Saved
@@ -26,12 +30,14 @@ class LinfSharpness(Saved):
     keskar: float
     restart: int
     step: int
-    losses: list
-    settings: dict
+    losses: list[list[float]]
+    settings: dict[str, Any]
 
 
-def linf_sharpness(model, loader, criterion=F.cross_entropy, rho=1e-3, *, steps=20, restarts=1, step_size=None,
-                   ball="constant", weights="latent", parameters="weights", batches=None, seed=0):  # fmt: skip
+def linf_sharpness(model: nn.Module, loader: Iterable[Any], criterion: Criterion = F.cross_entropy,
+                   rho: float = 1e-3, *, steps: int = 20, restarts: int = 1, step_size: float | None = None,
+                   ball: str = "constant", weights: str = "latent", parameters: str = "weights",
+                   batches: int | None = None, seed: int = 0) -> LinfSharpness:  # fmt: skip
     """max over ||e||_inf <= rho of L(w + e) - L(w), by projected sign ascent on the loss of the whole loader.
 
     e <- clip(e + step_size sign(grad L(w + e)), -r, r), r = rho or rho (|w| + 1). A lower bound of the

@@ -2,13 +2,17 @@
 
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .. import ops
+from ..annotations import Progress, StrPath
 from ..files import read_object
 from ..perturbation import perturb
 from . import formulas
@@ -40,12 +44,12 @@ class Report(Saved):
     argument.
     """
 
-    measures: dict
-    mu: dict
-    searches: dict
-    network: dict
-    cost: dict
-    settings: dict
+    measures: dict[str, float | None]
+    mu: dict[str, float]
+    searches: dict[str, dict[str, Any]]
+    network: dict[str, Any]
+    cost: dict[str, float]
+    settings: dict[str, Any]
     seconds: float
 
     def __str__(self):
@@ -68,10 +72,13 @@ class Report(Saved):
         return "\n".join(lines)
 
 
-def measure(model, loader, initial, *, weights="latent", noise="std", target="accuracy", ball="linf", over="worst",
-            parameters="weights", seed=0, iterations=15, samples=10, target_deviation=0.1, tolerance=0.01,
-            upper=2.0, ascent_steps=20, ascent_lr=1e-4, eps=1e-3, delta=None, m=None, batches=None,
-            confidence=4.0, how="auto", out=None, progress=None):  # fmt: skip
+def measure(model: nn.Module, loader: Iterable[Any], initial: Mapping[str, torch.Tensor] | nn.Module, *,
+            weights: str = "latent", noise: str = "std", target: str = "accuracy", ball: str = "linf",
+            over: str = "worst", parameters: str = "weights", seed: int = 0, iterations: int = 15, samples: int = 10,
+            target_deviation: float = 0.1, tolerance: float = 0.01, upper: float = 2.0, ascent_steps: int = 20,
+            ascent_lr: float = 1e-4, eps: float = 1e-3, delta: float | None = None, m: float | None = None,
+            batches: int | None = None, confidence: float | None = 4.0, how: str = "auto",
+            out: StrPath | None = None, progress: Progress | None = None) -> Report:  # fmt: skip
     """The eight measures of QGen: PAC-Bayes and sharpness, from init and origin, plain and magnitude-aware.
 
     sigma: standard deviation of normal noise on the weights (sigma |w|, with eps, magnitude-aware) at which

@@ -2,14 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+from ..annotations import File
 from .saved import Saved
 
 
 class Drawn(Saved):
     """A result that is written as JSON and drawn."""
 
-    def plot(self, path, title=None):
+    _width: float = 6.5
+    _title: str
+
+    def _draw(self, figure):
+        raise NotImplementedError
+
+    def plot(self, path: File, title: str | None = None) -> File:
         """A picture. Returns the path. Raises: ImportError without matplotlib."""
         try:
             from matplotlib.figure import Figure
@@ -21,8 +29,6 @@ class Drawn(Saved):
         figure.savefig(path, dpi=120)
         return path
 
-    _width = 6.5
-
 
 @dataclass
 class OutputVariance(Drawn):
@@ -32,11 +38,11 @@ class OutputVariance(Drawn):
     elements; models whose outputs differ in size are compared by it.
     """
 
-    levels: list
-    variance: dict
-    relative: dict
-    spread: dict
-    settings: dict
+    levels: list[float]
+    variance: dict[str, dict[str, list[float]]]
+    relative: dict[str, dict[str, list[float]]]
+    spread: dict[str, dict[str, float]]
+    settings: dict[str, Any]
 
     _width, _title = 11, "variance of outputs under noise on the input"
 
@@ -60,10 +66,10 @@ class GradientNorms(Drawn):
     deviation: over all draws of all batches (None for a single one).
     """
 
-    norms: dict
-    mean: dict
-    deviation: dict
-    settings: dict
+    norms: dict[str, list[float | None]]
+    mean: dict[str, float | None]
+    deviation: dict[str, float | None]
+    settings: dict[str, Any]
 
     _title = "gradient norm under noise of one quantization step"
 
@@ -87,11 +93,11 @@ class GradientCosine(Drawn):
     mean, deviation: of the cosine.
     """
 
-    cosine: list
-    ratio: list
+    cosine: list[float | None]
+    ratio: list[float | None]
     mean: float | None
     deviation: float | None
-    settings: dict
+    settings: dict[str, Any]
 
     _title = "cosine of perturbed and vanilla gradient"
 
@@ -111,8 +117,8 @@ class GradientCosine(Drawn):
 class TraceAlong(Drawn):
     """Per run: {"epochs": [...], "trace": [...], "stderr": [...]}; the Hessian's trace with its standard error."""
 
-    runs: dict
-    settings: dict
+    runs: dict[str, dict[str, list[Any]]]
+    settings: dict[str, Any]
 
     _title = "trace of the Hessian along training"
 

@@ -2,21 +2,32 @@
 
 import hashlib
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar, overload
 
 import torch
 
 from .. import files
+from ..annotations import File, StrPath
+
+Read = TypeVar("Read", bound="Saved")
 
 
+@dataclass
 class Saved:
     """A dataclass that is written as JSON and read back."""
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """What is written."""
         return asdict(self)
 
-    def to_json(self, path=None):
+    @overload
+    def to_json(self, path: None = None) -> str: ...
+
+    @overload
+    def to_json(self, path: File) -> File: ...
+
+    def to_json(self, path: File | None = None) -> File | str:
         """Write it, atomically, and return the path; without a path return the text."""
         if path is None:
             return files.json_text(finite(self.to_dict()))
@@ -24,7 +35,7 @@ class Saved:
         return path
 
     @classmethod
-    def from_json(cls, path):
+    def from_json(cls: type[Read], path: StrPath) -> Read:
         """Read what to_json wrote; ValueError where the file holds something else."""
         values = files.read_object(path)
         if values is None or set(values) != cls._fields():

@@ -2,12 +2,16 @@
 
 import math
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from ..annotations import Criterion, Progress, StrPath
 from ..files import read_object
 from ..perturbation import filter_normalized, perturb
 from .data import Data
@@ -27,10 +31,10 @@ class Landscape(Drawn):
     """
 
     dimensions: int
-    at: list
-    loss: list
-    accuracy: list
-    settings: dict
+    at: list[float]
+    loss: list[Any]
+    accuracy: list[Any]
+    settings: dict[str, Any]
 
     @property
     def _width(self):
@@ -46,9 +50,12 @@ class Landscape(Drawn):
         (_plot_surface if self.dimensions == 2 else _plot_line)(self, figure)
 
 
-def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, dimensions=2, weights="latent",
-              parameters="weights", batches=None, seed=0, directions=None, copies=8, how="auto", out=None,
-              progress=None):  # fmt: skip
+def landscape(model: nn.Module, loader: Iterable[Any], criterion: Criterion = F.cross_entropy, size: int = 25,
+              span: float = 1.0, *, dimensions: int = 2, weights: str = "latent", parameters: str = "weights",
+              batches: int | None = None, seed: int = 0,
+              directions: dict[str, torch.Tensor] | Iterable[Mapping[str, torch.Tensor]] | None = None,
+              copies: int = 8, how: str = "auto", out: StrPath | None = None,
+              progress: Progress | None = None) -> Landscape:  # fmt: skip
     """The loss at w + a d0 (+ b d1), a and b on ``size`` points of [-span, span], d random and filter-normalised.
 
     d_f <- d_f ||w_f|| / ||d_f|| for every filter f; biases stay. BatchNorm's statistics, step sizes and clip
@@ -84,10 +91,10 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     if directions is None:
         zeros = [torch.zeros_like(w) for w in subject.values]
         drawn = perturb(zeros, "normal", std=1.0, num=dimensions, seed=seed)
-        directions = [filter_normalized(d, subject.values) for d in drawn]
+        along = [filter_normalized(d, subject.values) for d in drawn]
     else:
-        directions = _given(directions, dimensions, subject)
-        settings["directions"] = [digest(d) for d in directions]
+        along = _given(directions, dimensions, subject)
+        settings["directions"] = [digest(d) for d in along]
     at = [span * (2 * i / (size - 1) - 1) if size > 1 else 0.0 for i in range(size)]
     grid = [[a] for a in at] if dimensions == 1 else [[a, b] for a in at for b in at]
     found = _continued(out, settings)
@@ -97,7 +104,7 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
         places = points if dimensions == 2 else [point[0] for point in points]
         moved = perturb(
             subject.values, "direction", at=places, num=len(points),
-            directions=directions if dimensions == 2 else directions[0],
+            directions=along if dimensions == 2 else along[0],
         )  # fmt: skip
         found += _evaluate(Copies(subject, moved, how), data, criterion)
         if progress is not None:
@@ -108,7 +115,8 @@ def landscape(model, loader, criterion=F.cross_entropy, size=25, span=1.0, *, di
     columns = [[finite(point[c]) for point in found] for c in (0, 1)]
     if dimensions == 2:
         columns = [[column[i : i + size] for i in range(0, len(column), size)] for column in columns]
-    result = Landscape(dimensions, at, *columns, settings)
+    loss, accuracy = columns
+    result = Landscape(dimensions, at, loss, accuracy, settings)
     if out is not None:
         result.to_json(out)
     return result

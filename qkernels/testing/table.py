@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ EDGES = {(): ("tensor",), (1,): ("tensor", "axis0"), (0,): ("tensor",), (257,): 
          (3, 2, 37, 41): ("axis1",), (61, 1033): ("axis0", "axis1"), (9000, 3): ("axis0", "axis1"),
          (40, 41, 3): ("axis1", "token"), (5, 4096): ("group",)}  # fmt: skip
 # The shapes benchmarks time, with their granularities.
-TIMED = {
+TIMED: dict[str, dict[tuple[int, ...], tuple[str, ...]]] = {
     "activation": {(64, 64, 28, 28): ("tensor", "axis1"), (64, 64, 56, 56): ("tensor", "axis1")},
     "weight": {(64, 64, 3, 3): ("tensor", "axis0"), (512, 512, 3, 3): ("tensor", "axis0")},
     "linear": {(1024, 1024): ("axis0", "axis1", "group"), (4096, 4096): ("axis0", "token")},
@@ -40,7 +41,7 @@ _ZEROS = (3, -2, 0, 1)
 _WITHOUT_ZERO = (-12, 9, 16_776_960, -16_776_959)  # the farthest at which levels are stored
 _FAR = (100_000_001, -(2**31), 16_777_219, 2**31 - 1)  # bounds that no float32, or no int32, holds
 # What an option changes; settings it does not name keep the defaults given where they are read.
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {}, "special": {"special": True}, "odd_scale": {"odd_scale": True}, "offset": {"offset": True},
     "zero_point": {"zero_point": _ZEROS}, "without_zero": {"zero_point": _WITHOUT_ZERO, "special": True},
     "far_zero_point": {"zero_point": _FAR},
@@ -131,9 +132,13 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 
 _FLAT_MEMORY = ("contiguous", "misaligned")
-_BITS = {"options": ("bits4", "bits2", "bits8"), "dtypes": INTEGERS, "granularities": ("tensor",)}
-_CHANNELS = {"granularities": ("axis0", "axis1"), "legal": moments.legal}
-_LIST = {"granularities": ("tensor",)}
+_BITS: dict[str, Any] = {
+    "options": ("bits4", "bits2", "bits8"),
+    "dtypes": INTEGERS,
+    "granularities": ("tensor",),
+}
+_CHANNELS: dict[str, Any] = {"granularities": ("axis0", "axis1"), "legal": moments.legal}
+_LIST: dict[str, Any] = {"granularities": ("tensor",)}
 OPS = {
     op.name: op
     for op in (

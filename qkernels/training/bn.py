@@ -1,14 +1,22 @@
 """Re-estimation of BatchNorm statistics after quantization-aware training."""
 
 import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
+from ..annotations import Model
 from ..observe import run_first
 
 
 @torch.no_grad()
-def bn_reestimate(model, loader, iterations=10, forward=run_first):
+def bn_reestimate(
+    model: Model,
+    loader: Iterable[Any],
+    iterations: int = 10,
+    forward: Callable[[Model, Any], Any] = run_first,
+) -> Model:
     """Replaces the running statistics of every BatchNorm by their mean over `iterations` batches (SAQ, appendix A).
 
     Only the BatchNorm layers are put in training mode, so noise and dropout stay off; modes, momenta and parameters are

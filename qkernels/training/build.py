@@ -5,6 +5,7 @@ import inspect
 import torch
 
 import qkernels as qk
+from qkernels.annotations import Model, StrPath
 from qkernels.models import build_model
 
 from . import checkpoint, distributed
@@ -65,7 +66,7 @@ def _argument(key, value):
     return None if value == "none" and key != "weight_norm" else value
 
 
-def load_weights(model, path):
+def load_weights(model: Model, path: StrPath) -> Model:
     """Loads what `checkpoint.load_model` reads (a run folder, a file of float weights) into `model`.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from .recipe import SETTINGS, load_recipe
 RUN = {"recipe": "lsq", "model": "resnet20", "data": "digits", "seed": 0, "image_size": 224, "init": None}
 
 
-def make_config(**arguments):
+def make_config(**arguments: Any) -> dict[str, Any]:
     """The config of a new run: what `--recipe`, `--model`, `--data`, `--seed`, `--init` and settings say, complete.
 
     Raises:

@@ -1,6 +1,7 @@
 """Data sets by name, and loaders whose batches are a pure function of (seed, epoch, batch)."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Loader:
         self.only = None  # of a sample: the indices of its images
         self.set_epoch(0)
 
-    def set_epoch(self, epoch, start_batch=0):
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Select the epoch, and the batch with which iteration starts; ValueError outside 0..len(loader)."""
         if epoch < 0:
             raise ValueError(f"epoch={epoch}: expected at least 0")
@@ -39,13 +40,16 @@ class Loader:
             raise ValueError(f"start_batch={start_batch}: expected 0 to {len(self)}, the batches of an epoch")
         self.epoch, self.start_batch = epoch, start_batch
 
-    def __len__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
         """Batches of a whole epoch, whatever the start."""
         if self.train and self.samples >= self.batch_size:
             return self.samples // self.batch_size
         return -(-self.samples // self.batch_size)
 
-    def sample(self, batches, seed=0):
+    def sample(self, batches: int, seed: int = 0) -> "Loader":
         """A loader of ``batches`` batches of random images of this one, in its order; itself where it has no more.
 
         For measurements by one process: the first images of a folder are those of its first classes. A training loader,

@@ -6,9 +6,13 @@ differs on that data set.
 
 import importlib.resources
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-SETTINGS = {
+from ..annotations import StrPath
+
+SETTINGS: dict[str, Any] = {
     "summary": "",  # one line for --list-recipes
     "method": "",  # of QConfig; empty trains in floating point
     "weight_bits": 4,  # 2 to 8; 32 stays in floating point. Both 32: no method, no distill, no sharpness of kind saq
@@ -57,12 +61,12 @@ CHOICES = {
 _FOLDER = importlib.resources.files(__package__) / "recipes"
 
 
-def available_recipes():
+def available_recipes() -> dict[str, str]:
     """Name -> one-line summary of the recipes that come with the package."""
     return {name: _read(name)["summary"] for name in names_in(_FOLDER)}
 
 
-def load_recipe(name, data="", overrides=None):
+def load_recipe(name: StrPath, data: str = "", overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The complete settings of a recipe: defaults, then its file, then its `[data.NAME]` table, then `overrides`.
 
     Args:

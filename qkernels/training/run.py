@@ -9,9 +9,11 @@ import signal
 import statistics
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from ..annotations import StrPath
 from ..files import alone, write_json
 from . import build, checkpoint, distributed
 from .bn import bn_reestimate
@@ -132,19 +134,19 @@ def main(args):
 
 
 def train(
-    config,
-    out,
+    config: dict[str, Any],
+    out: StrPath,
     *,
-    resume=False,
-    device="auto",
-    threads=None,
-    workers=4,
-    deterministic=False,
-    tensorboard=False,
-    keep_best=False,
-    keep_every=0,
-    quiet=False,
-):
+    resume: bool = False,
+    device: str | torch.device = "auto",
+    threads: int | None = None,
+    workers: int = 4,
+    deterministic: bool = False,
+    tensorboard: bool = False,
+    keep_best: bool = False,
+    keep_every: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any] | None:
     """Trains as `config` (of `make_config`) says and returns the result, as in `out/result.json`.
 
     A quantized run without `init` first trains the float network in `out/float`. Under `torchrun` every process calls

@@ -3,13 +3,16 @@
 import random
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from ..annotations import StrPath
 from . import build, checkpoint, distributed
 from .config import read_config
-from .data import build_data
+from .data import Data, build_data
 from .engine import Trainer, lr_schedule
 
 
@@ -64,7 +67,12 @@ def new_trainer(config, model, data, init, device, weights=None):
     )  # fmt: skip
 
 
-def load_run(out, device="cpu", batch_size=None, which="checkpoint"):
+def load_run(
+    out: StrPath,
+    device: str | torch.device = "cpu",
+    batch_size: int | None = None,
+    which: str = "checkpoint",
+) -> tuple[nn.Module, Data, dict[str, Any]]:
     """`(model, data, config)` of a trained run, the model in eval mode with its trained weights.
 
     Args:
