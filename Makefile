@@ -32,12 +32,13 @@ test: build ## the test suite; Triton's interpreter is chosen at import, so its 
 	$(PYTHON) -m pytest -n $(JOBS) --ignore=tests/triton
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest -n $(JOBS) tests/triton
 
-lint: $(STAMP) ## ruff and clang-format, changing nothing
+lint: $(STAMP) ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
-format: $(STAMP) ## the same tools, rewriting the files
+format: $(STAMP) ## ruff and clang-format, rewriting the files
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
@@ -78,6 +79,6 @@ oldest: ## build and test with the oldest torch that is promised, in an environm
 	cd build/oldest/tree && ../bin/pip install --no-build-isolation -e '.[dev]' && ../bin/python -m pytest -n $(JOBS) --ignore=tests/triton
 
 clean: ## delete what builds and tests leave, keep .venv
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find qkernels -name '*.so' -delete
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
