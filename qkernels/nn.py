@@ -85,22 +85,22 @@ class _Quantized(nn.Module):
 class QuantLinear(_Quantized, nn.Linear):
     """nn.Linear on quantized input and weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv1d(_Quantized, nn.Conv1d):
     """nn.Conv1d on quantized input and weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantConv2d(_Quantized, nn.Conv2d):
     """nn.Conv2d on quantized input and weight."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(self.quantized_input(x), self.quantized_weight(), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
 class QuantConvTranspose2d(_Quantized, nn.ConvTranspose2d):
@@ -109,21 +109,13 @@ class QuantConvTranspose2d(_Quantized, nn.ConvTranspose2d):
     channel_axis = 1
     padding: tuple[int, ...]  # words are for convolutions that are not transposed
 
-    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        x = self.quantized_input(x)
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        x = self.quantized_input(input)
         # torch annotates the call with TorchScript's lists, where its own attributes are tuples.
         settings: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
         padding = self._output_padding(x, output_size, *settings)
-        return F.conv_transpose2d(
-            x,
-            self.quantized_weight(),
-            self.bias,
-            self.stride,
-            self.padding,
-            padding,
-            self.groups,
-            self.dilation,
-        )
+        settings = (self.stride, self.padding, padding, self.groups, self.dilation)
+        return F.conv_transpose2d(x, self.quantized_weight(), self.bias, *settings)
 
 
 class QuantEmbedding(_Quantized, nn.Embedding):
@@ -132,9 +124,9 @@ class QuantEmbedding(_Quantized, nn.Embedding):
     Grids without zero (methods saq, pact, dorefa) move a padding row of zeros too.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.embedding(
-            x, self.quantized_weight(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
+            input, self.quantized_weight(), self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
             self.sparse,
         )  # fmt: skip
 

@@ -84,7 +84,7 @@ def perturb(params: Sequence[torch.Tensor], kind: str = "normal", *, std: _Sizes
 
 @contextlib.contextmanager
 def perturbed(
-    model: nn.Module, kind: str = "normal", *, params: Sequence[torch.Tensor] | None = None, **settings: Any
+    model: nn.Module, kind: str = "normal", *, params: Iterable[torch.Tensor] | None = None, **settings: Any
 ) -> Iterator[list[torch.Tensor]]:
     """Inside the block the model's parameters are a perturbed copy; leaving it, also by an exception, restores them.
 
@@ -115,7 +115,8 @@ def perturbed(
                 raise ValueError(
                     f"kind {kind!r} needs gradients: no parameter of the model has one; run backward first"
                 )
-    copy = perturb(list(params), kind, **settings)[0]
+    params = list(params)
+    copy = perturb(params, kind, **settings)[0]
     with swapped(params, copy):
         yield copy
 

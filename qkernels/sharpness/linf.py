@@ -60,7 +60,8 @@ def linf_sharpness(model: nn.Module, loader: Iterable[Any], criterion: Criterion
     subject = Subject(model, weights, parameters)
     data = Data(loader, subject.device, batches)
     points = [None, *_box(subject.values, rho, ball, restarts - 1, seed)]
-    losses, best, box = [], (-math.inf, 0, 0), {"alpha": rho, "step": step_size, "ball": ball}
+    losses, best = [], (-math.inf, 0, 0)
+    box: dict[str, Any] = {"alpha": rho, "step": step_size, "ball": ball}
     for restart, values in enumerate(points):
         values, path = subject.values if values is None else values, []
         for step in range(steps + 1):
