@@ -5,19 +5,29 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from . import nn as qnn
 
+# In names of parameters that inputs are multiplied by, and of those that are added or looked up.
+_MATRICES, _TABLES = ("weight", "kernel", "proj"), ("pos", "embed", "token", "bias")
+
 
 def quantizable(model, exclude=()):
     """(name, module) of the layers that quantize_ swaps, in the order of the model; a shared one under each name."""
     outside, modules = _excluded(model, exclude), model.named_modules(remove_duplicate=False)
-    return [(name, m) for name, m in modules if (type(m) in qnn.QUANTIZED or bare(m)) and m not in outside]
+    return [(name, m) for name, m in modules if _has_form(m) and m not in outside]
+
+
+def _has_form(module):
+    return (type(module) in qnn.QUANTIZED or bare(module)) and not _hooked(module)
+
+
+def _hooked(module):
+    """Whether a function of its own stands in place of forward, as accelerate's offloading puts there."""
+    return "forward" in vars(module)
 
 
 def bare(module):
     """Whether it is one of qk.nn's layers that was made by hand and has no quantizer yet."""
     return (
-        type(module) in qnn.QUANTIZED.values()
-        and module.weight_quantizer is module.input_quantizer is None
-        and module.weight is not None
+        type(module) in qnn.QUANTIZED.values() and module.weight_quantizer is module.input_quantizer is None
     )
 
 
@@ -43,14 +53,22 @@ def left_in_float(model):
 
 def _has_weight_matrix(module):
     return is_parametrized(module, "weight") or any(
-        "weight" in name and (nn.parameter.is_lazy(p) or p.dim() > 1)
-        for name, p in module.named_parameters(recurse=False)
+        nn.parameter.is_lazy(p) or _is_matrix(name, p) for name, p in module.named_parameters(recurse=False)
     )
+
+
+def _is_matrix(name, p):
+    """By its name, or a stack of matrices, as experts have; tables of positions and tokens are none."""
+    if p.dim() > 1 and any(word in name for word in _MATRICES):
+        return True
+    return sum(n > 1 for n in p.shape) > 2 and not any(word in name for word in _TABLES)
 
 
 def _why_float(module):
     if is_parametrized(module):
         return "parametrized; torch.nn.utils.parametrize.remove_parametrizations makes it a plain layer"
+    if _hooked(module):
+        return "its forward was replaced; quantize_ first"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "lazy; one forward pass makes it a plain layer"
     base = next((kind for kind in qnn.QUANTIZED if isinstance(module, kind)), None)
@@ -65,4 +83,8 @@ def describe_left(model, exclude):
     for name, m, why in left_in_float(model):
         if m not in outside:
             groups.setdefault(f"({type(m).__name__}: {why})", []).append(name or "(model)")
-    return ", ".join(f"{' '.join(names)} {what}" for what, names in groups.items())
+    return ", ".join(f"{_short(names)} {what}" for what, names in groups.items())
+
+
+def _short(names):
+    return " ".join(names) if len(names) <= 8 else f"{' '.join(names[:4])} and {len(names) - 4} more"

@@ -1,13 +1,14 @@
 """A float model into a quantized one and on to integers."""
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import data
 
 from . import backend, candidates
 from . import nn as qnn
@@ -45,7 +46,10 @@ def quantize_(model: Model, config: QConfig | None = None, **settings: Any) -> M
     if unknown:
         raise ValueError(f"exclude names no module: {', '.join(unknown)}")
     if any(isinstance(m, (q.Quantizer, qnn.IntegerWeight)) for m in names.values()):
-        raise ValueError("model is already quantized")
+        raise ValueError(
+            "model is already quantized; a layer that was put in since is quantized alone: "
+            "model.fc = qk.quantize_(model.fc)"
+        )
     layers = candidates.quantizable(model, config.exclude)
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in qnn.QUANTIZED)
@@ -82,14 +86,14 @@ def quantize_(model: Model, config: QConfig | None = None, **settings: Any) -> M
 
 def _forms(layers, config):
     """{id of a layer: its quantized form}; all before the first takes its place, so that a refusal changes no model."""
-    order = list(dict.fromkeys(id(layer) for _, layer in layers))
-    ends = {order[0], order[-1]} if config.first_last_bits is not None else set()
+    keys = [id(layer._parameters.get("weight", layer)) for _, layer in layers]  # of tied layers the same
+    ends = {keys[0], keys[-1]} if config.first_last_bits is not None else set()
     forms = {}
-    for name, layer in layers:
+    for key, (name, layer) in zip(keys, layers):
         if id(layer) not in forms:
             aliases = [alias for alias, other in layers if other is layer]
             try:
-                forms[id(layer)] = _quantized(layer, config.of(*aliases, at_end=id(layer) in ends))
+                forms[id(layer)] = _quantized(layer, config.of(*aliases, at_end=key in ends))
             except ValueError as error:
                 raise ValueError(f"{name or type(layer).__name__}: {error}") from None
             for quantizer in quantizers(forms[id(layer)]):
@@ -158,12 +162,19 @@ def calibrate(
     in a model that trains); all other modules are in evaluation mode.
     Batches are tensors or (input, ...) tuples; for models of other inputs ``forward(model, batch)`` runs one, as in
     ``forward=lambda model, batch: model(**batch)``. Processes of a torch.distributed group agree. Returns the model.
-    One warning names the layers that no batch reached; they keep the step sizes they had, if any.
+    One warning names the layers that no batch reached; they keep the step sizes they had, if any. A module that reads
+    such a layer's weight itself (F.linear(x, self.qkv.weight)) gets it unquantized.
     Raises: ValueError where the model has no quantizer, the loader no batch or a layer's inputs are not finite;
-    TypeError for a batch that is neither a tensor nor begins with one; RuntimeError where batches reached no layer.
+    TypeError for a batch that is neither a tensor nor begins with one, or a loader that gives single samples;
+    RuntimeError where batches reached no layer.
     """
     if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
         raise ValueError(f"batches must be an int >= 1, got {batches!r}")
+    samples = isinstance(loader, data.Dataset) and not isinstance(loader, data.IterableDataset)
+    if samples or isinstance(loader, torch.Tensor):
+        raise TypeError(
+            f"loader must give batches, as a DataLoader or [x] does; a {type(loader).__name__} gives single samples"
+        )
     found = quantizers(model)
     if not found:
         raise ValueError("model has no quantizer: call qk.quantize_ first")
@@ -179,6 +190,8 @@ def calibrate(
     kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     observed = [m for m in found if m.role == "activation"]
     device = next(model.parameters()).device
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda m, _: called.add(m)) for _, m in layers(model)]
     model.eval()
     try:
         for _, layer in layers(model):
@@ -190,13 +203,13 @@ def calibrate(
         for quantizer in observed:
             quantizer.statistics = Statistics(quantizer.axis)
         seen = 0
-        for batch in islice(loader, batches):
+        for batch in itertools.islice(loader, batches):
             forward(model, batch)
             seen += 1
         if seen == 0:
             raise ValueError("loader gave no batch")
         share_reached([quantizer.statistics for quantizer in observed], device)
-        reached = _reached(model, observed)
+        reached = _reached(model, observed, called)
         statistics = [quantizer.statistics.agreed() for quantizer in reached]
         broken = [a for a, seen in zip(reached, statistics, strict=True) if not seen.sums.isfinite().all()]
         if broken:
@@ -204,6 +217,8 @@ def calibrate(
         for quantizer, seen in zip(reached, statistics, strict=True):
             quantizer.start_from(seen)
     finally:
+        for hook in hooks:
+            hook.remove()
         for quantizer in observed:
             quantizer.statistics = None
         for buffer, before in kept:
@@ -213,45 +228,54 @@ def calibrate(
     return model
 
 
-def _reached(model, observed):
-    """The quantizers that some data came to; a warning names the layers of the others."""
+def _reached(model, observed, called):
+    """The quantizers that some data came to; a warning names the layers of the others, and those never called."""
     reached = [a for a in observed if a.statistics.sums is not None]
-    if len(reached) < len(observed):
-        names = _of(model, [a for a in observed if a.statistics.sums is None])
-        if not reached:
-            raise RuntimeError(f"loader: its batches reached no quantized layer: {names}")
+    if observed and not reached:
+        raise RuntimeError(f"loader: its batches reached no quantized layer: {_of(model, observed)}")
+    names = _of(model, set(observed) - set(reached))
+    if names:
         warnings.warn(f"no batch of loader reached {names}: their input step sizes are not set", stacklevel=4)
+    weights_alone = [m for _, m in layers(model) if m not in called and m.input_quantizer is None]
+    if weights_alone:
+        names = _names(model, weights_alone)
+        warnings.warn(
+            f"no batch of loader reached {names}: a module that reads their weights itself gets them unquantized",
+            stacklevel=4,
+        )
     return reached
 
 
 def _of(model, quantizers):
     """Names of the layers that have these input quantizers."""
-    wanted = set(map(id, quantizers))
-    return ", ".join(name or "(model)" for name, m in layers(model) if id(m.input_quantizer) in wanted)
+    return _names(model, [m for _, m in layers(model) if m.input_quantizer in quantizers])
+
+
+def _names(model, found):
+    return ", ".join(name or "(model)" for name, m in layers(model) if m in found)
 
 
 @torch.no_grad()
 def convert_(model: Model) -> Model:
     """Replace every quantized weight by packed integers, in place; evaluation outputs stay the same, bit for bit.
 
-    The model is left in evaluation mode and cannot be trained further. Pruning, weight_norm and parametrizations of
-    these weights are made permanent first. ValueError where nothing is quantized, or
-    it is converted already.
+    The model is left in evaluation mode; these weights cannot be trained further. Pruning, weight_norm and
+    parametrizations of them are made permanent first. ``layer.weight`` gives their values, anew at each reading.
+    ValueError where nothing is quantized, or it is converted already.
     """
-    kinds = (q.Quantizer, qnn.IntegerWeight)
-    found = [layer for _, layer in layers(model) if isinstance(layer.weight_quantizer, kinds)]
-    if any(isinstance(layer.weight_quantizer, qnn.IntegerWeight) for layer in found):
+    weights = [(layer, layer.weight_quantizer) for _, layer in layers(model)]
+    if any(layer.converted for layer, _ in weights):
         raise ValueError("model is already converted")
+    found = [(layer, quantizer) for layer, quantizer in weights if isinstance(quantizer, q.Quantizer)]
     if not found:
         raise ValueError("model has no quantized layer to convert: call qk.quantize_ first")
     check_whole(model, "convert_")
     model.eval()
-    for layer in found:
+    for layer, _ in found:
         settle(layer)
-    for layer in found:
-        layer.weight_quantizer = qnn.IntegerWeight(layer.weight_quantizer, layer.weight)
+    for layer, quantizer in found:
+        layer.weight_quantizer = qnn.IntegerWeight(quantizer, layer.weight)
         del layer.weight
-        layer.weight = None  # type: ignore[assignment]  # torch.nn's layers declare a tensor
     return model
 
 
@@ -290,10 +314,10 @@ def summary(model: nn.Module) -> str:
     rows = [("layer", "kind", "weight", "rows", "weight step", "input", "input step", "backend")]
     for name, layer in layers(model):
         weight, act = layer.weight_quantizer, layer.input_quantizer
-        tensor = layer.weight if layer.weight is not None else weight.packed
+        device = next(itertools.chain(layer.parameters(), layer.buffers())).device
         what = name or "(model)", type(layer).__name__
         of_weight = _describe(weight), "-" if weight is None else str(weight.rows), _steps(weight)
-        served = backend.serves("fake_quantize", tensor.device.type)
+        served = backend.serves("fake_quantize", device.type)
         rows.append((*what, *of_weight, _describe(act), _steps(act), served))
     if len(rows) == 1:
         return "no quantized layer"

@@ -102,6 +102,8 @@ class ActivationGrid(Grid):
 class WeightGrid(Grid):
     """A converted weight with its levels in its shape, int8 or uint8: what a DequantizeLinear node reads."""
 
+    frozen = True
+
     def __init__(self, weight):
         super().__init__(weight.grid(), weight.axis)
         self.bits, self.signed = weight.bits, weight.signed

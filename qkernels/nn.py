@@ -55,18 +55,33 @@ class _Quantized(nn.Module):
         wrapped.register_forward_pre_hook(_is_called)
         return wrapped
 
+    def __getattr__(self, name: str) -> Any:
+        """``weight`` of a converted layer: its values, for code that reads them, or their dtype or device, itself."""
+        if name == "weight":
+            quantizer = self.__dict__.get("_modules", {}).get("weight_quantizer")
+            if getattr(quantizer, "frozen", False):
+                return quantizer()
+        return super().__getattr__(name)
+
+    @property
+    def converted(self) -> bool:
+        """Whether the weight is of integers, which the quantizer's place holds."""
+        return getattr(self.weight_quantizer, "frozen", False)
+
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """A weight that comes without its quantizer's numbers, of a float model, starts them."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        given, own = state_dict.get(prefix + "weight"), self.weight
-        if (
-            given is None
-            or own is None
-            or given.shape != own.shape
-            or not hasattr(self.weight_quantizer, "start_on")
-        ):
+        given, own = prefix + "weight" in state_dict, prefix + "weight_quantizer."
+        integers = own + "packed" in state_dict
+        if given and self.converted or integers and not self.converted:
+            how = "before" if self.converted else "after"
+            rest[-1].append(f"{prefix}weight: the state dict is that of a model {how} qk.convert_")
+        if not given or not isinstance(self.weight_quantizer, Quantizer):
             return
-        if any(name.startswith(prefix + "weight_quantizer.") for name in state_dict):
+        if any(name.startswith(own) for name in state_dict):
+            return
+        own = self.weight
+        if state_dict[prefix + "weight"].shape != own.shape:
             return
         if not whole([own]):
             warnings.warn(
@@ -76,7 +91,10 @@ class _Quantized(nn.Module):
         self.weight_quantizer.start_on(own)
 
     def quantized_weight(self) -> torch.Tensor:
-        return self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        quantizer = self.weight_quantizer
+        if quantizer is None or getattr(quantizer, "frozen", False):
+            return self.weight
+        return quantizer(self.weight)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -146,6 +164,8 @@ class IntegerWeight(nn.Module):
     packed: uint8 bytes; scale (rows,), offset, zero_point as the grid had them. Stored with 2, 4 or 8 bits per level.
     The values keep the weight's order of memory, for it is what a convolution chooses its algorithm by.
     """
+
+    frozen = True
 
     packed: torch.Tensor
 

@@ -22,7 +22,7 @@ def run_first(model: nn.Module, batch: Any) -> Any:
 
 def share_reached(statistics, device):
     """Where any process has seen data, those that have not get empty statistics: then all agree on the same ones."""
-    if not _several():
+    if not several():
         return
     reached = torch.tensor([s.sums is not None for s in statistics], dtype=torch.uint8, device=device)
     dist.all_reduce(reached, op=dist.ReduceOp.MAX)
@@ -31,7 +31,7 @@ def share_reached(statistics, device):
             mine.clear(device)
 
 
-def _several():
+def several():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -61,6 +61,19 @@ class Statistics:
         # An odd stride: images and channels are powers of two, and the sample must not follow one column of them.
         self.samples.append(flat[:: -(-flat.numel() // _SAMPLES) | 1].double())
 
+    def fill(self, size):
+        """Rows of zeros alone count as values of the other rows' mean size, else of ``size``, of both signs.
+
+        A weight that begins at zero is to learn; a step of the size of its other rows lets it.
+        """
+        zero = self.peak == 0
+        if not zero.any():
+            return
+        size = torch.where(zero.all(), size, self.mean_abs.sum() / (~zero).sum())
+        values = torch.stack([torch.zeros_like(self.sums[0]), self.sums[0] * size**2, self.sums[0] * size])
+        self.sums[1:] = torch.where(zero, values, self.sums[1:])
+        self.minimum, self.maximum = self.minimum.where(~zero, -size), self.maximum.where(~zero, size)
+
     def clear(self, device):
         """No data, per tensor."""
         self.sums = torch.zeros(4, 1, dtype=torch.float64, device=device)
@@ -71,7 +84,7 @@ class Statistics:
         """self, after the processes of the default group have joined what they saw."""
         if self.sums is None:
             raise RuntimeError("no data was seen: the loader gave no batch, or this layer never ran")
-        if _several():
+        if several():
             dist.all_reduce(self.sums)
             dist.all_reduce(self.minimum, op=dist.ReduceOp.MIN)
             dist.all_reduce(self.maximum, op=dist.ReduceOp.MAX)

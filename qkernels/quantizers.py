@@ -12,7 +12,7 @@ from torch import nn
 
 from . import noise as noises
 from . import ops
-from .observe import Statistics
+from .observe import Statistics, several
 from .seeds import draw
 
 
@@ -35,6 +35,7 @@ class Quantizer(nn.Module):
     learned: tuple[str, ...] = ()  # names of the parameters
     decayed = False  # whether weight decay applies to them (PACT)
     own_sign: bool | None = None  # the grid's sign where the method fixes it
+    frozen = False  # whether it holds the weight itself
 
     def __init__(
         self, bits, role, axis=None, rows=1, signed=None, noise=None, count="features", group_size=None
@@ -100,6 +101,8 @@ class Quantizer(nn.Module):
             y = x.view_as(x) if self.listeners else x  # of their own, for listeners put hooks on outputs
             return self._heard(y if self.shift is None else self._shifted(y))
         if not self.started:
+            if x.numel() == 0 and self.role == "activation" and not several():
+                return x  # an expert without a token, say
             self._start_from_batch(x)
         x = self.prepare(x)
         quant_min, quant_max = self.bounds()
@@ -142,10 +145,24 @@ class Quantizer(nn.Module):
         self.started = True
 
     def start_on(self, x):
-        """Start from x: a weight, or what the processes agree on for their parts of a batch."""
+        """Start from x: a weight, or what the processes agree on for their parts of a batch.
+
+        Nothing happens on the meta device, which has no numbers: the first use starts the quantizer.
+        """
+        if x.is_meta:
+            return
         statistics = Statistics(self.axis, self.group_size)
         statistics.update(x)
-        self.start_from(statistics if self.role == "weight" else statistics.agreed())
+        if self.role == "activation":
+            statistics.agreed()
+        elif self.rows != statistics.sums.shape[1]:
+            raise ValueError(
+                f"{self._description()} has {self.rows} step sizes, its weight needs {statistics.sums.shape[1]}: "
+                "change a layer's size before quantize_"
+            )
+        else:
+            statistics.fill(x[:1].numel() ** -0.5)
+        self.start_from(statistics)
 
     def _start_from_batch(self, x):
         if torch.compiler.is_compiling():
@@ -189,6 +206,8 @@ class Quantizer(nn.Module):
         if self.state.is_meta:
             return
         bits, signed = _decoded(int(self.state))
+        if signed is not None and not all(_plausible(p) for p in self.parameters()):
+            signed = None  # memory that nothing was written to, as after to_empty
         other = ""
         if bits not in (None, self.bits):
             other = f"{bits} bit were loaded where {self.bits} bit are asked for, for {self._description()}"
@@ -415,6 +434,12 @@ def _decoded(code):
         return None, code == 2
     bits, sign = divmod(code // 3, 4)
     return (bits, sign == 2) if 2 <= bits <= 8 and sign in (1, 2) else (None, None)
+
+
+def _plausible(numbers):
+    """Whether these can be step sizes, clips or offsets."""
+    sizes = numbers.detach().abs()
+    return bool(((sizes == 0) | (sizes > 1e-30) & (sizes < 1e30)).all())
 
 
 def _positive(scale):

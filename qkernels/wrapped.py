@@ -29,10 +29,19 @@ def groups(t):
 
 def check_whole(model, name):
     """ValueError where the model's parameters are parts; ``name`` is what needs them whole."""
+    check_unflattened(model, name)
     if not whole(list(model.parameters())):
         raise ValueError(
             f"{name} needs whole parameters, got a model of shards (fully_shard): call it before sharding, or on an "
             "unsharded model that has loaded the full state dict"
+        )
+
+
+def check_unflattened(model, name):
+    """ValueError in torch's first FSDP, which makes one flat parameter of many."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            f"{name} cannot tell weights apart in FullyShardedDataParallel (FSDP1): use fully_shard (FSDP2)"
         )
 
 

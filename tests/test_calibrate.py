@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import qkernels as qk
+from qkernels import convert
 
 BATCHES, WORLD = 3, 2
 
@@ -202,6 +203,14 @@ def test_errors():
         assert not changed(before, model)
     with pytest.raises(RuntimeError, match="loader: its batches reached no quantized layer: 0, 4, 7"):
         qk.calibrate(quantized(), [torch.randn(0, 2, 6, 6)])
+    samples = torch.randn(9, 2, 6, 6)
+    for loader in (samples, torch.utils.data.TensorDataset(samples)):
+        with pytest.raises(TypeError, match=f"loader must give batches.* a {type(loader).__name__} gives single"):
+            qk.calibrate(quantized(), loader)
+    resized = quantized()
+    resized[7].weight = nn.Parameter(torch.randn(7, *resized[7].weight.shape[1:]))
+    with pytest.raises(ValueError, match="layer '7' has .* step sizes, its weight needs 7: change a layer's size bef"):
+        qk.calibrate(resized, inputs())
     with pytest.raises(ValueError, match="batches must be an int >= 1, got 0"):
         qk.calibrate(quantized(), inputs(), batches=0)
     with pytest.raises(TypeError, match="loader must give tensors or .*got dict"):
@@ -230,6 +239,25 @@ def test_a_layer_that_never_runs_stays_uncalibrated():
     assert model.used.input_quantizer.started and not model.unused.input_quantizer.started
     with pytest.raises(RuntimeError, match="no step size yet"):
         model.eval().unused(torch.randn(4, 3))
+
+
+def test_weights_of_layers_that_never_run_are_named():
+    model = qk.quantize_(nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), act_bits=None)
+    with pytest.warns(UserWarning, match="no batch of loader reached 1: a module that reads .* unquantized") as caught:
+        qk.calibrate(model, [torch.randn(4, 3)], forward=lambda model, x: model[0](x))
+    assert caught[0].filename == __file__ and len(caught) == 1
+    assert not any(hook.__name__ == "<lambda>" for m in model for hook in m._forward_pre_hooks.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_without_elements_waits_for_some(training):
+    """An expert that gets no token; nothing is quantized, for there is nothing."""
+    model = quantized().train(training)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    assert model(torch.randn(0, 2, 6, 6)).shape[0] == 0
+    assert not any(s.started for s in convert.quantizers(model) if s.role == "activation")
 
 
 def test_integer_inputs_and_unbatched_embeddings():

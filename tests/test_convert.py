@@ -258,6 +258,18 @@ class CustomWeight(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, 3))
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up, self.pos_embed = nn.Parameter(torch.randn(2, 3, 3)), nn.Parameter(torch.randn(2, 3, 3))
+
+
+def replaced_forward():
+    layer = nn.Linear(3, 3)
+    layer.forward = layer.forward
+    return layer
+
+
 def test_a_model_in_ddp_is_refused(one_process):
     """Its buckets would lack the step sizes, which then differ between processes."""
     with pytest.raises(ValueError, match="in DistributedDataParallel already.*: quantize_, then wrap"):
@@ -277,6 +289,8 @@ def test_a_model_in_ddp_is_refused(one_process):
         ),
         (lambda: nn.MultiheadAttention(4, 2), "left (MultiheadAttention: no quantized form), left.out_proj"),
         (CustomWeight, "left (CustomWeight: no quantized form)"),
+        (Experts, "left (Experts: no quantized form)"),
+        (replaced_forward, "left (Linear: its forward was replaced; quantize_ first)"),
     ],
     ids=lambda v: v.split()[1][1:-1] if isinstance(v, str) else "",
 )
@@ -293,6 +307,70 @@ def test_layers_left_in_float_are_said(make, said, recwarn):
     assert [row["layer"] for row in table(quantized)][:2] == ["ours", "left"]
     qk.quantize_(model(("ours", nn.Linear(3, 3))), exclude=["left"])
     assert len(recwarn.list) == 1
+
+
+def test_many_layers_of_a_kind_are_named_in_short(recwarn):
+    qk.quantize_(nn.Sequential(nn.Linear(3, 3), *(nn.Conv3d(1, 1, 1) for _ in range(9))))
+    assert "left in floating point: 1 2 3 4 and 5 more (Conv3d: no quantized form)" in str(recwarn[0].message)
+
+
+def test_tied_layers_have_the_bits_of_an_end():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.table = nn.Embedding(4, 4), nn.Embedding(4, 4)
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4, bias=False)
+            self.table.weight = self.head.weight = self.shared.weight
+
+    model = qk.quantize_(Tied())
+    bits = {name: layer.weight_quantizer.bits for name, layer in convert.layers(model)}
+    assert bits == {"shared": 8, "table": 8, "body": 4, "head": 8}
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["", "sharded"])
+def test_torchs_first_fsdp_is_refused(parallel, one_process):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(calibrated(), device_id=torch.device("cpu"), use_orig_params=parallel)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls = (lambda: qk.summary(model), lambda: qk.convert_(model), lambda: qk.optim.SAM(model, base),
+             lambda: qk.calibrate(model, [batch()]), lambda: qk.quantize_(model))  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\): use fully_shard|already quan"):
+            call()
+
+
+class ReadsWeights(nn.Module):
+    """As transformers' and timm's: one layer's weight says the dtype, another's is used by F.linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return F.linear(self.first(x.to(self.first.weight.dtype)), self.second.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_converted_layers_give_their_weights_values(dtype, tmp_path):
+    model, x = ReadsWeights().to(dtype), torch.randn(4, 3)
+    with pytest.warns(UserWarning, match="reached second: a module that reads their weights itself"):
+        qk.calibrate(qk.quantize_(model, act_bits=None), [x.to(dtype)])
+    model.eval()
+    wanted = F.linear(model.first(x.to(dtype)), model.second.quantized_weight())
+    values, keys = model.first.quantized_weight().detach(), set(model.state_dict())
+    qk.convert_(model)
+    weight = model.first.weight
+    assert (weight.dtype, weight.requires_grad) == (dtype, False) and torch.equal(weight, values)
+    for twin in (model, copy.deepcopy(model), torch.compile(model, backend="eager", fullgraph=True)):
+        assert torch.equal(twin(x), wanted)
+    assert not {"first.weight", "second.weight"} & set(model.state_dict()) and keys - set(model.state_dict())
+    assert "first.weight" not in dict(model.named_parameters())
+    with pytest.raises(AttributeError, match="'QuantLinear' object has no attribute 'wait'"):
+        model.first.wait
+    with torch.no_grad():
+        program = qk.export.export_torch(model, x, tmp_path / "model.pt2")
+    assert torch.equal(program.module()(x), wanted)
 
 
 def test_old_weight_norm_converts():

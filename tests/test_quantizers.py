@@ -115,6 +115,20 @@ def test_zero_weights_stay_finite(kind, method):
     assert weight.isfinite().all() and layer.weight.grad.isfinite().all()
 
 
+def test_rows_of_zeros_start_as_the_others_do():
+    """A step of 1 would keep what begins at zero there: zero convolutions, LoRA's B, heads."""
+    layer = nn.Linear(16, 3)
+    with torch.no_grad():
+        layer.weight[1] = 0
+    for method, value in (("lsq", 2 / 7**0.5), ("lsq+", 3 / 8), ("asymmetric", 2 / 15)):
+        scale = qk.quantize_(layer, method=method, first_last_bits=None).weight_quantizer.scale
+        mean = layer.weight[::2].abs().mean().item()
+        assert scale[1].item() == pytest.approx(value * mean, rel=1e-6)
+    nn.init.zeros_(layer.weight)
+    scale = qk.quantize_(layer, first_last_bits=None, weight_axis=None).weight_quantizer.scale
+    assert scale.item() == pytest.approx(2 / 7**0.5 / 4, rel=1e-6), "that of values of size 1 / sqrt(16)"
+
+
 def test_constant_weights_stay_finite():
     """Their deviation is zero up to rounding, of either sign."""
     layer = nn.Linear(1000, 2)

@@ -343,14 +343,43 @@ def test_bad_use_is_refused_before_anything_is_written():
     before = copy.deepcopy(net.state_dict())
     optimizer = qk.optim.SAM(net, base)
     with pytest.raises(TypeError, match="closure must return the loss, got None"):
-        optimizer.step(lambda: None)
-    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
-        optimizer.step(lambda: 1.0)
+        optimizer.step(lambda: net[1].weight.sum().backward())
+    optimizer.zero_grad()
+    for forgotten in (lambda: 1.0, lambda: net[1].weight.sum()):
+        with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+            optimizer.step(forgotten)
     with pytest.raises(RuntimeError, match="second_step needs first_step"):
         optimizer.second_step()
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
     quiet = qk.optim.SAQ(net, base, case=2, every=1)
     assert train(net, quiet, batches(1)) == 2
+
+
+@pytest.mark.parametrize("loss", [None, torch.tensor(2.0)], ids=["None", "loss"])
+def test_a_batch_without_a_gradient_is_skipped(loss):
+    """As a trainer skips one, or runs some for BatchNorm's statistics alone."""
+    net = network()
+    optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()))
+    before = copy.deepcopy(net.state_dict())
+    with pytest.warns(UserWarning, match="the closure left no gradient: this step does nothing") as caught:
+        assert optimizer.step(lambda: loss) is loss
+    assert caught[0].filename == __file__ and optimizer.steps == 0
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert train(net, optimizer, batches(1)) == 2
+
+
+def test_a_group_added_to_the_base_optimizer_has_the_radius():
+    net = network()
+    first, *rest = net.parameters()
+    base = base_of("sgd", rest)
+    optimizer = qk.optim.SAM(net, base, rho=0.1)
+    base.add_param_group({"params": [first]})
+    whole = copy.deepcopy(net)
+    expected = qk.optim.SAM(whole, base_of("sgd", whole.parameters()), rho=0.1)
+    for model, steps in ((net, optimizer), (whole, expected)):
+        train(model, steps, batches(1))
+    for p, q in zip(net.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-6)
 
 
 def test_frozen_quantized_weights_are_told_from_none():

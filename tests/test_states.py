@@ -8,6 +8,7 @@ from layers import METHODS, Net, batch, calibrated
 
 import qkernels as qk
 from qkernels import convert
+from qkernels.quantizers import _code
 
 
 def test_float_checkpoint_loads_with_only_the_quantizers_missing():
@@ -36,6 +37,41 @@ def test_copies_and_checkpoints_give_the_same_outputs(method, tmp_path):
     assert torch.equal(fresh.eval()(batch()), y), (
         "step sizes, signs and that they are set travel with the state"
     )
+
+
+def test_states_of_before_and_after_convert_do_not_mix():
+    """Each holds scales under the same names; without strict they would come without their weights."""
+    trained, converted = calibrated(), qk.convert_(calibrated())
+    states = {"before": trained.state_dict(), "after": converted.state_dict()}
+    for model, other in ((trained, "after"), (converted, "before")):
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match=f"head.weight: the state dict is that of a model {other} qk.conv"):
+                model.load_state_dict(states[other], strict=strict)
+    fresh = qk.convert_(qk.quantize_(Net()))
+    fresh.load_state_dict(states["after"])
+    assert torch.equal(fresh(batch()), converted(batch()))
+
+
+def test_a_model_that_was_built_without_memory_starts_with_its_weights():
+    """As transformers' from_pretrained builds it; what to_empty leaves may look like any state."""
+    source = Net()
+    with torch.device("meta"):
+        model = qk.quantize_(Net())
+    model.to_empty(device="cpu")
+    wanted = qk.quantize_(copy.deepcopy(source))
+    with torch.no_grad():
+        for m in convert.quantizers(model):
+            m.scale.fill_(torch.nan)
+            m.state.fill_(_code(m.bits, m.role == "weight"))
+            assert not m.started
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in source.state_dict().items():
+            own[name].copy_(value)
+    for net in (model, wanted):
+        net.train()(batch())
+    for m, w in zip(convert.quantizers(model), convert.quantizers(wanted), strict=True):
+        assert m.started and torch.equal(m.scale, w.scale)
 
 
 def test_weights_loaded_after_quantize_start_their_steps():

@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import eager, ops, quantizers
 from .. import nn as qnn
+from ..wrapped import check_unflattened
 from . import lists
 from .second_pass import Exchange, Statistics
 
@@ -71,6 +72,7 @@ class SAM(torch.optim.Optimizer):
             _check_size(name, value)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be a number > 0 or None, got {max_norm!r}")
+        check_unflattened(model, type(self).__name__)
         closure = inspect.signature(base.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise TypeError(f"base must step without a closure, which {type(base).__name__} cannot")
@@ -81,7 +83,7 @@ class SAM(torch.optim.Optimizer):
         super().__init__(base.param_groups, {**base.defaults, "rho": float(rho)})
         self.param_groups = base.param_groups
         for group in self.param_groups:
-            _check_size("rho", group["rho"])
+            _check_size("rho", self._rho(group))
         self._scales = set() if perturb_scales else quantizers.numbers_of(model)
         self._warn_of_steps_that_stay()
         self.steps = 0  # finished steps
@@ -97,7 +99,7 @@ class SAM(torch.optim.Optimizer):
         left = [
             name
             for name, m in self.model.named_modules()
-            if isinstance(m, qnn._Quantized) and m.weight is not None and id(m.weight) in given
+            if isinstance(m, qnn._Quantized) and id(m.weight) in given
             for q in (m.weight_quantizer, m.input_quantizer)
             if q is not None and any(p.requires_grad and id(p) not in given for p in q.parameters())
         ]
@@ -122,7 +124,8 @@ class SAM(torch.optim.Optimizer):
         """One step: ``closure`` clears gradients, runs forward and backward and returns the loss; called once or twice.
 
         Returns: the loss of the first pass. scaler: a GradScaler whose scale the closure applied; its ``update`` is
-        yours to call.
+        yours to call. A closure that leaves no gradient and returns None, or a loss without a graph, skips the batch,
+        as torch's optimizers do; a warning says so.
         """
         if closure is None:
             raise ValueError(
@@ -130,14 +133,28 @@ class SAM(torch.optim.Optimizer):
             )
         try:
             self._ready()
-            with self.first_pass():
-                loss = _evaluate(closure)
+            with self.first_pass(), torch.enable_grad():
+                loss = closure()
+            if self._skipped(loss):
+                return loss
             if self.first_step():
-                _evaluate(closure)
+                with torch.enable_grad():
+                    closure()
             self.second_step(scaler)
         finally:
             self.restore()
         return loss
+
+    def _skipped(self, loss):
+        """Whether the closure left nothing to step with, on purpose; TypeError where the loss alone is missing."""
+        if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            if loss is None:
+                raise TypeError("closure must return the loss, got None")
+            return False
+        if loss is not None and getattr(loss, "requires_grad", True):
+            return False  # its backward was forgotten, which first_step says
+        warnings.warn("the closure left no gradient: this step does nothing", stacklevel=4)
+        return True
 
     @contextlib.contextmanager
     def first_pass(self) -> Iterator[None]:
@@ -170,7 +187,7 @@ class SAM(torch.optim.Optimizer):
                     "sparse gradients are not supported: make the embedding dense (sparse=False)"
                 )
             if params:
-                first.append((group["rho"], params, gradients))
+                first.append((self._rho(group), params, gradients))
         if not first:
             raise RuntimeError(
                 "no parameter has a gradient: run backward before first_step, or in the closure"
@@ -229,8 +246,12 @@ class SAM(torch.optim.Optimizer):
     def _ready(self):
         """A first pass may begin."""
 
+    def _rho(self, group):
+        """A group that was added to the base optimizer has none of its own."""
+        return group.get("rho", self.defaults["rho"])
+
     def _active(self):
-        return any(group["rho"] > 0 for group in self.param_groups)
+        return any(self._rho(group) > 0 for group in self.param_groups)
 
     def _due(self):
         return (self.steps + 1) % self.every == 0 and self._active()
@@ -338,14 +359,6 @@ class SAM(torch.optim.Optimizer):
         self.param_groups = self.base.param_groups
         self.steps, self._length = int(state_dict["steps"]), None
         self.restore()
-
-
-def _evaluate(closure):
-    with torch.enable_grad():
-        loss = closure()
-    if loss is None:
-        raise TypeError("closure must return the loss, got None")
-    return loss
 
 
 def _check_size(name, value):

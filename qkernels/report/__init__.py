@@ -24,7 +24,7 @@ def main(args):
     return 0
 
 
-def write_report(run_dirs: Iterable[StrPath], path: StrPath, title: str = "Training runs") -> Path:
+def write_report(run_dirs: StrPath | Iterable[StrPath], path: StrPath, title: str = "Training runs") -> Path:
     """Writes one HTML page over runs to `path` and returns it; styles, plots and pictures are inside the file.
 
     Runs that differ in the seed alone are one row, with mean and sample standard deviation. Shown are accuracy, loss,
@@ -33,7 +33,7 @@ def write_report(run_dirs: Iterable[StrPath], path: StrPath, title: str = "Train
     the loss landscape.
 
     Args:
-        run_dirs: run folders, or folders with run folders in them; a run may be unfinished.
+        run_dirs: a folder or several: run folders, or folders with run folders in them; a run may be unfinished.
         path: the HTML file; its folder is created.
 
     Raises:

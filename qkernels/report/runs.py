@@ -63,7 +63,7 @@ class Group:
 
 def find_runs(folders):
     """The runs in `folders`, in order; a folder that is no run is searched for runs, other files are passed over."""
-    found = {}
+    found, folders = {}, [folders] if isinstance(folders, (str, Path)) else list(folders)
     for folder in map(Path, folders):
         if not folder.exists():
             raise FileNotFoundError(f"runs: {folder} does not exist")

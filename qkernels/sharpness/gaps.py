@@ -47,7 +47,7 @@ def generalization(model: nn.Module, data: Data, corruptions: Iterable[str] = ()
     if wrong:
         raise ValueError(f"severities must be among {SEVERITIES}, got {wrong[0]!r}")
     device = next(model.parameters()).device
-    found = {} if done is None else done
+    found, published = {} if done is None else done, published and str(published)
     if "test_loss" not in found:
         found["train_loss"], found["train_acc"] = evaluate(model, data.train_eval, device)
         found["test_loss"], found["test_acc"] = evaluate(model, data.test, device)
@@ -146,7 +146,7 @@ def layer_table(model: nn.Module) -> list[dict[str, Any]]:
             continue
         weight, activation = (getattr(layer, f"{role}_quantizer", None) for role in ("weight", "input"))
         row = {"name": name, "weight_bits": None, "weight_step": None, "mean_error": None}
-        if layer.weight is not None:
+        if not getattr(weight, "frozen", False):
             row |= {"weight_norm": layer.weight.norm().item(), "largest": layer.weight.abs().max().item()}
         if weight is not None:
             row["weight_bits"] = weight.bits
