@@ -5,13 +5,17 @@ import torch
 from .. import backend, ops
 from ..wrapped import groups, local, whole
 
-__all__ = ["combine_", "dot", "groups", "local", "mean_", "norm", "ratio", "whole"]
+__all__ = ["combine_", "dot", "groups", "locals_of", "mean_", "norm", "ratio", "whole"]
+
+
+def locals_of(tensors):
+    """This process's parts of them."""
+    return list(map(local, tensors))
 
 
 def norm(tensors, weights=None, eta=0.0):
     """The global L2 norm (of (|w| + eta) t), float64 (1,), over all processes that hold parts of the tensors."""
-    parts = list(map(local, tensors))
-    own = [] if weights is None else list(map(local, weights))
+    parts, own = locals_of(tensors), locals_of(weights or ())
     op = backend.op("multi_norm")
     if all(p is t for p, t in zip(parts, tensors)):
         return op(parts, own, eta)[0]
@@ -22,7 +26,7 @@ def norm(tensors, weights=None, eta=0.0):
 
 def dot(a, b):
     """a.b, a.a and b.b, float64 (3,), over all processes that hold parts of the tensors."""
-    parts = list(map(local, a)), list(map(local, b))
+    parts = locals_of(a), locals_of(b)
     op = backend.op("multi_dot")
     if all(p is t for p, t in zip(parts[0], a)):
         return op(*parts)
@@ -57,7 +61,7 @@ def ratio(numerator, denominator):
 
 def combine_(targets, directions, coefficient, again=False):
     """t <- t + coefficient d, and t once more with ``again``; one pass. A coefficient that is not finite is 0."""
-    t, d = list(map(local, targets)), list(map(local, directions))
+    t, d = locals_of(targets), locals_of(directions)
     if again:
         coefficient = torch.nn.functional.pad(coefficient, (0, 1), value=1.0)
     ops.multi_perturb(t, t, ops.ALONG, coefficient, d, t if again else None)

@@ -306,9 +306,9 @@ class SAM(torch.optim.Optimizer):
             for p, s, _ in pairs:
                 if "direction" not in self.state[p]:
                     self.state[p]["direction"] = torch.empty_like(s)
-            kept = [lists.local(self.state[p]["direction"]) for p, _, _ in pairs]
-            ops.multi_perturb(kept, list(map(lists.local, perturbed)), ops.ALONG, lists.ratio(-along, square),
-                              list(map(lists.local, vanilla)))  # fmt: skip
+            kept = lists.locals_of([self.state[p]["direction"] for p, _, _ in pairs])
+            ops.multi_perturb(kept, lists.locals_of(perturbed), ops.ALONG, lists.ratio(-along, square),
+                              lists.locals_of(vanilla))  # fmt: skip
             self._length = None
         for p, s, _ in pairs:
             p.grad = s

@@ -28,7 +28,7 @@ class Exchange:
         whole = self._climb(params, gradients, norm, rho, eta)
         if not whole:
             whole = lists.whole(params) and lists.whole(gradients)
-            weights, directions = (params, gradients) if whole else map(_locals, (params, gradients))
+            weights, directions = (params, gradients) if whole else map(lists.locals_of, (params, gradients))
             self._write(weights, directions, norm, rho, eta)
         if whole:
             undo.callback(_point, params, self._originals)
@@ -84,10 +84,6 @@ class Statistics:
     def _look(self):
         """The children of all modules: lists of the same objects compare equal fast."""
         return list(itertools.chain.from_iterable([d.values() for d in self._dicts]))
-
-
-def _locals(tensors):
-    return list(map(lists.local, tensors))
 
 
 def _point(params, tensors):
