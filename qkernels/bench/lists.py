@@ -76,6 +76,7 @@ def _with_gradients(model):
 
 def _movers(model, subject, backends):
     move = functools.partial(Move, subject)
+    forms = {"eager": _loop, "foreach": _foreach, "compile": torch.compile(_plain, dynamic=False)}
     found = []
     for name in backends:
         if name in OURS:
@@ -83,11 +84,8 @@ def _movers(model, subject, backends):
             variant = ours(name, move(sam.first_step, sam.restore))
             variant.held = lambda sam=sam: sum(t.nbytes for kept in sam._exchanges for t in kept.copies)
             found.append(variant)
-        elif name in ("eager", "foreach", "compile"):
-            form = {"eager": _loop, "foreach": _foreach, "compile": torch.compile(_plain, dynamic=False)}[
-                name
-            ]
-            found.append(measure.Variant(name, _swapping(move, subject, form)))
+        elif name in forms:
+            found.append(measure.Variant(name, _swapping(move, subject, forms[name])))
         elif name == "pytorch_optimizer" and importlib.util.find_spec(name):
             found.append(measure.Variant(name, _peer(move, subject)))
     return found
@@ -169,15 +167,14 @@ def _check_move(subject, device, variant):
 
 
 def _copiers(backends):
+    forms = {"eager": _loop_copies, "foreach": _foreach_copies}
     found = []
     for name in backends:
         if name in OURS:
             found.append(ours(name, lambda params: _flat(perturbation.perturb(
                 params, "magnitude", std=STD, eps=FLOOR, num=COPIES, seed=SEED))))  # fmt: skip
-        elif name in ("eager", "foreach"):
-            found.append(
-                measure.Variant(name, {"eager": _loop_copies, "foreach": _foreach_copies}[name], "randn")
-            )
+        elif name in forms:
+            found.append(measure.Variant(name, forms[name], "randn"))
     return found
 
 
@@ -215,10 +212,8 @@ def _check_copies(subject, device, variant):
     if variant.backend not in OURS:
         return _check_spread(params, found)
     check_serves(variant, ("multi_perturb",), device)
-    table, seed = (
-        torch.tensor([[STD, FLOOR]], dtype=torch.float64, device=device),
-        torch.tensor([SEED], device=device),
-    )
+    table = torch.tensor([[STD, FLOOR]], dtype=torch.float64, device=device)
+    seed = torch.tensor([SEED], device=device)
     first = params[:PROVEN]
     for k in (0, COPIES - 1):
         want = [torch.empty_like(w) for w in first]

@@ -107,7 +107,8 @@ def check_severity(severity):
         or not isinstance(severity, (int, np.integer))
         or severity not in SEVERITIES
     ):
-        raise ValueError(f"severity={severity!r} is not accepted; accepted: the integers 1, 2, 3, 4, 5")
+        accepted = ", ".join(map(str, SEVERITIES))
+        raise ValueError(f"severity={severity!r} is not accepted; accepted: the integers {accepted}")
     return int(severity)
 
 

@@ -120,11 +120,11 @@ def images_by_class(root):
 def _what_is_there(directory, name):
     if not directory.is_dir():
         return f"directory {directory} does not exist either"
+    place, expected = directory, f"some of {', '.join(CORRUPTIONS)}"
     if (directory / name).is_dir():
-        found = sorted(entry.name for entry in (directory / name).iterdir() if entry.is_dir())
-        return f"{directory / name} holds {', '.join(found) or 'no folder'}; expected 1, 2, 3, 4, 5"
-    found = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
-    return f"{directory} holds {', '.join(found) or 'no folder'}; expected some of {', '.join(CORRUPTIONS)}"
+        place, expected = directory / name, ", ".join(map(str, SEVERITIES))
+    found = sorted(entry.name for entry in place.iterdir() if entry.is_dir())
+    return f"{place} holds {', '.join(found) or 'no folder'}; expected {expected}"
 
 
 def pillow():
