@@ -207,17 +207,17 @@ class Quantizer(nn.Module):
             return
         bits, signed = _decoded(int(self.state))
         if signed is not None and not all(_plausible(p) for p in self.parameters()):
-            signed = None  # memory that nothing was written to, as after to_empty
-        other = ""
+            bits = signed = None  # memory that nothing was written to, as after to_empty
+        other, mine = "", self._description()
         if bits not in (None, self.bits):
-            other = f"{bits} bit were loaded where {self.bits} bit are asked for, for {self._description()}"
+            other = f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for, for {mine}"
         elif signed is not None and not self.data_decides and signed != self.signed:
             given, own = ("a signed" if sign else "an unsigned" for sign in (signed, self.signed))
             other = (
-                f"{given} grid were loaded for {self._description()}, whose method or setting has {own} one"
+                f"step sizes of {given} grid were loaded for {mine}, whose method or setting has {own} one"
             )
         if other:
-            warnings.warn(f"step sizes of {other}: they start anew", stacklevel=2)
+            warnings.warn(f"{other}: they start anew", stacklevel=2)
             self.state.zero_()
             signed = None
         self.started = signed is not None
