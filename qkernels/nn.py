@@ -184,7 +184,7 @@ class IntegerWeight(nn.Module):
         for name, value in grid.items():
             self.register_buffer(name, value.clone())
 
-    def grid(self):
+    def grid(self) -> dict[str, torch.Tensor]:
         """Arguments of dequantize: scale, and offset, zero_point where the quantizer's grid had them."""
         return {name: getattr(self, name) for name in self.grid_names}
 

@@ -205,11 +205,15 @@ def test_errors():
         qk.calibrate(quantized(), [torch.randn(0, 2, 6, 6)])
     samples = torch.randn(9, 2, 6, 6)
     for loader in (samples, torch.utils.data.TensorDataset(samples)):
-        with pytest.raises(TypeError, match=f"loader must give batches.* a {type(loader).__name__} gives single"):
+        with pytest.raises(
+            TypeError, match=f"loader must give batches.* a {type(loader).__name__} gives single"
+        ):
             qk.calibrate(quantized(), loader)
     resized = quantized()
     resized[7].weight = nn.Parameter(torch.randn(7, *resized[7].weight.shape[1:]))
-    with pytest.raises(ValueError, match="layer '7' has .* step sizes, its weight needs 7: change a layer's size bef"):
+    with pytest.raises(
+        ValueError, match="layer '7' has .* step sizes, its weight needs 7: change a layer's size bef"
+    ):
         qk.calibrate(resized, inputs())
     with pytest.raises(ValueError, match="batches must be an int >= 1, got 0"):
         qk.calibrate(quantized(), inputs(), batches=0)
@@ -243,7 +247,9 @@ def test_a_layer_that_never_runs_stays_uncalibrated():
 
 def test_weights_of_layers_that_never_run_are_named():
     model = qk.quantize_(nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), act_bits=None)
-    with pytest.warns(UserWarning, match="no batch of loader reached 1: a module that reads .* unquantized") as caught:
+    with pytest.warns(
+        UserWarning, match="no batch of loader reached 1: a module that reads .* unquantized"
+    ) as caught:
         qk.calibrate(model, [torch.randn(4, 3)], forward=lambda model, x: model[0](x))
     assert caught[0].filename == __file__ and len(caught) == 1
     assert not any(hook.__name__ == "<lambda>" for m in model for hook in m._forward_pre_hooks.values())

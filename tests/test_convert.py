@@ -336,7 +336,9 @@ def test_torchs_first_fsdp_is_refused(parallel, one_process):
     calls = (lambda: qk.summary(model), lambda: qk.convert_(model), lambda: qk.optim.SAM(model, base),
              lambda: qk.calibrate(model, [batch()]), lambda: qk.quantize_(model))  # fmt: skip
     for call in calls:
-        with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\): use fully_shard|already quan"):
+        with pytest.raises(
+            ValueError, match=r"FullyShardedDataParallel \(FSDP1\): use fully_shard|already quan"
+        ):
             call()
 
 

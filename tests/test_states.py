@@ -45,7 +45,9 @@ def test_states_of_before_and_after_convert_do_not_mix():
     states = {"before": trained.state_dict(), "after": converted.state_dict()}
     for model, other in ((trained, "after"), (converted, "before")):
         for strict in (True, False):
-            with pytest.raises(RuntimeError, match=f"head.weight: the state dict is that of a model {other} qk.conv"):
+            with pytest.raises(
+                RuntimeError, match=f"head.weight: the state dict is that of a model {other} qk.conv"
+            ):
                 model.load_state_dict(states[other], strict=strict)
     fresh = qk.convert_(qk.quantize_(Net()))
     fresh.load_state_dict(states["after"])

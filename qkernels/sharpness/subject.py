@@ -248,15 +248,17 @@ def shadow(model):
 
 def _detach_quantizer(layer, weights, name):
     """Takes the weight quantizer out of a layer of the shadow; returns it if it follows the perturbation."""
-    quantizer, layer.weight_quantizer = layer.weight_quantizer, None
+    quantizer = layer.weight_quantizer
     if weights == "latent":
-        if isinstance(quantizer, qnn.IntegerWeight):
+        if layer.converted:
             raise ValueError(
                 f"weights='latent': layer {name} is converted to integers; accepted: 'quantized'"
             )
+        layer.weight_quantizer = None
         return quantizer
     with torch.no_grad():
-        values = quantizer(layer.weight)
+        values = layer.quantized_weight()
+    layer.weight_quantizer = None
     layer.__dict__.pop("weight", None)
     layer._parameters["weight"] = nn.Parameter(values, requires_grad=False)
     return None
