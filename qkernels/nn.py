@@ -184,7 +184,7 @@ class IntegerWeight(nn.Module):
         for name, value in grid.items():
             self.register_buffer(name, value.clone())
 
-    def grid(self) -> dict[str, torch.Tensor]:
+    def grid(self) -> dict[str, Any]:
         """Arguments of dequantize: scale, and offset, zero_point where the quantizer's grid had them."""
         return {name: getattr(self, name) for name in self.grid_names}
 
