@@ -71,17 +71,14 @@ class _Quantized(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """A weight that comes without its quantizer's numbers, of a float model, starts them."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        given, own = prefix + "weight" in state_dict, prefix + "weight_quantizer."
-        integers = own + "packed" in state_dict
-        if given and self.converted or integers and not self.converted:
-            how = "before" if self.converted else "after"
-            rest[-1].append(f"{prefix}weight: the state dict is that of a model {how} qk.convert_")
-        if not given or not isinstance(self.weight_quantizer, Quantizer):
-            return
-        if any(name.startswith(own) for name in state_dict):
+        given, numbers = state_dict.get(prefix + "weight"), prefix + "weight_quantizer."
+        if (given is not None) if self.converted else (numbers + "packed" in state_dict):
+            when, errors = "before" if self.converted else "after", rest[-1]
+            errors.append(f"{prefix}weight: the state dict is that of a model {when} qk.convert_")
+        if given is None or not isinstance(self.weight_quantizer, Quantizer):
             return
         own = self.weight
-        if state_dict[prefix + "weight"].shape != own.shape:
+        if given.shape != own.shape or any(name.startswith(numbers) for name in state_dict):
             return
         if not whole([own]):
             warnings.warn(
@@ -91,10 +88,9 @@ class _Quantized(nn.Module):
         self.weight_quantizer.start_on(own)
 
     def quantized_weight(self) -> torch.Tensor:
-        quantizer = self.weight_quantizer
-        if quantizer is None or getattr(quantizer, "frozen", False):
+        if self.weight_quantizer is None or self.converted:
             return self.weight
-        return quantizer(self.weight)
+        return self.weight_quantizer(self.weight)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
