@@ -8,10 +8,9 @@
 namespace qk {
 
 constexpr int64_t kPair = 32;  // elements that are taken together
-// Bytes of output from which on it is written past the caches: its lines are not read first, and push nothing out. The
-// op alone gains a tenth to a third, where the last cache does not hold its output; a whole training step is as fast
-// either way.
-constexpr int64_t kPastCaches = int64_t(1) << 23;
+// Bytes of output from which on it is written past the caches: its lines are not read first, and push nothing out. A
+// whole training step is as fast either way; the op alone gains a tenth to a third.
+constexpr int64_t kPastCaches = int64_t(1) << 22;
 // Elements of a run for which its reciprocal, 10 ns, is worth computing. On Zen 5 division is as fast at any length.
 constexpr int64_t kWorthReciprocal = 512;
 
