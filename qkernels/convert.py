@@ -18,7 +18,7 @@ from .observe import Statistics, run_first, share_reached
 from .qconfig import QConfig
 from .seeds import SeedSource
 from .tabulate import columns
-from .wrapped import check_whole, refresh, settle, unwrapped
+from .wrapped import check_unflattened, check_whole, refresh, settle, unwrapped
 
 
 def quantize_(model: Model, config: QConfig | None = None, **settings: Any) -> Model:
@@ -29,7 +29,7 @@ def quantize_(model: Model, config: QConfig | None = None, **settings: Any) -> M
     sizes: make it after, of ``param_groups``. Weight step sizes start from the weights, activation step sizes from
     ``calibrate`` or the first training batch. Returns the model (a new module only where the model itself is a layer).
     One warning names the layers with weights that stay in floating point and are not excluded. ValueError: nothing to
-    quantize, already quantized, in DistributedDataParallel already, an unknown name in exclude or overrides.
+    quantize, already quantized, in DistributedDataParallel or FSDP1 already, an unknown name in exclude or overrides.
     """
     if not isinstance(model, nn.Module) or not isinstance(config, QConfig | None):
         got = f"{type(model).__name__} and {type(config).__name__}"
@@ -38,6 +38,7 @@ def quantize_(model: Model, config: QConfig | None = None, **settings: Any) -> M
         raise ValueError(
             "model is in DistributedDataParallel already, which would not know the step sizes: quantize_, then wrap"
         )
+    check_unflattened(model, "quantize_")
     if config is not None and settings:
         raise ValueError(f"give config or settings, not both; got {config} and {', '.join(settings)}")
     config = config or QConfig(**settings)

@@ -14,6 +14,7 @@ from . import noise as noises
 from . import ops
 from .observe import Statistics, several
 from .seeds import draw
+from .wrapped import local
 
 
 class Quantizer(nn.Module):
@@ -206,7 +207,7 @@ class Quantizer(nn.Module):
         if self.state.is_meta:
             return
         bits, signed = _decoded(int(self.state))
-        if signed is not None and not all(_plausible(p) for p in self.parameters()):
+        if signed is not None and not all(_plausible(local(p)) for p in self.parameters()):
             bits = signed = None  # memory that nothing was written to, as after to_empty
         other, mine = "", self._description()
         if bits not in (None, self.bits):
