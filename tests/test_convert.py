@@ -258,10 +258,12 @@ class CustomWeight(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, 3))
 
 
-class Experts(nn.Module):
-    def __init__(self):
+class Holder(nn.Module):
+    """A module of the user's with one parameter of this name and shape."""
+
+    def __init__(self, name, *shape):
         super().__init__()
-        self.gate_up, self.pos_embed = nn.Parameter(torch.randn(2, 3, 3)), nn.Parameter(torch.randn(2, 3, 3))
+        self.register_parameter(name, nn.Parameter(torch.randn(shape)))
 
 
 def replaced_forward():
@@ -289,7 +291,8 @@ def test_a_model_in_ddp_is_refused(one_process):
         ),
         (lambda: nn.MultiheadAttention(4, 2), "left (MultiheadAttention: no quantized form), left.out_proj"),
         (CustomWeight, "left (CustomWeight: no quantized form)"),
-        (Experts, "left (Experts: no quantized form)"),
+        (lambda: Holder("gate_up", 2, 3, 3), "left (Holder: no quantized form)"),  # of experts
+        (lambda: Holder("kernel", 3, 3), "left (Holder: no quantized form)"),
         (replaced_forward, "left (Linear: its forward was replaced; quantize_ first)"),
     ],
     ids=lambda v: v.split()[1][1:-1] if isinstance(v, str) else "",
@@ -307,6 +310,14 @@ def test_layers_left_in_float_are_said(make, said, recwarn):
     assert [row["layer"] for row in table(quantized)][:2] == ["ours", "left"]
     qk.quantize_(model(("ours", nn.Linear(3, 3))), exclude=["left"])
     assert len(recwarn.list) == 1
+
+
+@pytest.mark.parametrize(
+    "name, shape", [("pos_embed", (2, 3, 3)), ("cls_token", (1, 1, 3)), ("scale", (3, 3))]
+)
+def test_tables_and_factors_are_not_called_layers(name, shape, recwarn):
+    qk.quantize_(nn.Sequential(nn.Linear(3, 3), Holder(name, *shape)))
+    assert not recwarn.list
 
 
 def test_many_layers_of_a_kind_are_named_in_short(recwarn):

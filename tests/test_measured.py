@@ -46,6 +46,7 @@ def published(tmp_path):
 def test_published_corruptions_are_read_and_normalised(published):
     folder, data, model = published
     found = sharpness.generalization(model, data, CORRUPTIONS[:2], (1, 4), published=folder)
+    assert json.loads(json.dumps(found)) == found, "JSON-ready"
     for name in CORRUPTIONS[:2]:
         for severity in (1, 4):
             images = np.load(folder / f"{name}.npy")[6 * severity - 6 : 6 * severity].transpose(0, 3, 1, 2)

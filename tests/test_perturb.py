@@ -307,7 +307,7 @@ def test_integer_weights_are_no_parameters():
     net = qk.convert_(qk.quantize_(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), act_bits=None))
     with pytest.raises(ValueError, match="model has integer weights"), qk.perturbed(net, "normal", std=0.1):
         pass
-    with qk.perturbed(net, "normal", std=0.1, params=[net[0].bias]) as (bias,):
+    with qk.perturbed(net, "normal", std=0.1, params=iter([net[0].bias])) as (bias,):
         assert net[0].bias.data_ptr() == bias.data_ptr()
 
 

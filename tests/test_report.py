@@ -153,7 +153,7 @@ def test_groups_of_one_label_are_told_apart_by_their_settings(tmp_path):
         make_run(tmp_path / str(i), lr=lr, sharpness={"case": i + 1})
     groups = group_runs(find_runs([tmp_path]))
     assert [group.note for group in groups] == ["lr 0.05, sharpness.case 2", "lr 0.1, sharpness.case 1"]
-    page = Page(write_report([tmp_path], tmp_path / "r.html"))
+    page = Page(write_report(str(tmp_path), tmp_path / "r.html"))
     assert page.tables[0][0][3] == "Settings" and page.tables[0][1][3] == "lr 0.05, sharpness.case 2"
 
 

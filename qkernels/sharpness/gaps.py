@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..annotations import Progress
+from ..annotations import Progress, StrPath
 from ..corruptions import CORRUPTIONS, SEVERITIES, ImageNetC, corrupt, load_cifar_c
 from ..nn import QUANTIZED, _Quantized
 from ..quantizers import Quantizer
@@ -17,7 +17,7 @@ _LAYERS: tuple[Any, ...] = (_Quantized, *QUANTIZED)
 
 
 def generalization(model: nn.Module, data: Data, corruptions: Iterable[str] = (),
-                   severities: Sequence[int] = SEVERITIES, *, published: str | None = None, seed: int = 0,
+                   severities: Sequence[int] = SEVERITIES, *, published: StrPath | None = None, seed: int = 0,
                    done: dict[str, Any] | None = None,
                    progress: Progress | None = None) -> dict[str, Any]:  # fmt: skip
     """Loss and accuracy on training, test and corrupted test images, and the gaps between them.
