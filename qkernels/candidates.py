@@ -1,12 +1,17 @@
 """Which layers of a model have a quantized form, and why the others have none."""
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from . import nn as qnn
 
 # In names of parameters that inputs are multiplied by, and of those that are added or looked up.
-_MATRICES, _TABLES = ("weight", "kernel", "proj"), ("pos", "embed", "token", "bias")
+_MATRICES, _TABLES = (
+    ("weight", "kernel", "proj"),
+    ("pos", "embed", "token", "bias", "prompt", "scale", "gamma"),
+)
+
+_NO_LAYERS = (nn.LayerNorm, nn.RMSNorm, ParametrizationList)
 
 
 def quantizable(model, exclude=()):
@@ -44,10 +49,11 @@ def within(name, other):
 
 def left_in_float(model):
     """(name, module, why) of the layers with a matrix of weights that no quantizer sees, in the model's order."""
+    told = {part for m in model.modules() if isinstance(m, qnn._Quantized) for part in m.modules()}
     return [
         (name, m, _why_float(m))
         for name, m in model.named_modules()
-        if not isinstance(m, (qnn._Quantized, nn.LayerNorm, nn.RMSNorm)) and _has_weight_matrix(m)
+        if m not in told and not isinstance(m, _NO_LAYERS) and _has_weight_matrix(m)
     ]
 
 

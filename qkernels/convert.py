@@ -14,7 +14,7 @@ from . import backend, candidates
 from . import nn as qnn
 from . import quantizers as q
 from .annotations import Model
-from .observe import Statistics, run_first, share_reached
+from .observe import Statistics, run_first, several, share_reached
 from .qconfig import QConfig
 from .seeds import SeedSource
 from .tabulate import columns
@@ -172,7 +172,7 @@ def calibrate(
     if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
         raise ValueError(f"batches must be an int >= 1, got {batches!r}")
     samples = isinstance(loader, data.Dataset) and not isinstance(loader, data.IterableDataset)
-    if samples or isinstance(loader, torch.Tensor):
+    if forward is run_first and (samples or isinstance(loader, torch.Tensor)):
         raise TypeError(
             f"loader must give batches, as a DataLoader or [x] does; a {type(loader).__name__} gives single samples"
         )
@@ -238,7 +238,7 @@ def _reached(model, observed, called):
     if names:
         warnings.warn(f"no batch of loader reached {names}: their input step sizes are not set", stacklevel=4)
     weights_alone = [m for _, m in layers(model) if m not in called and m.input_quantizer is None]
-    if weights_alone:
+    if weights_alone and not several():  # another process may have reached them
         names = _names(model, weights_alone)
         warnings.warn(
             f"no batch of loader reached {names}: a module that reads their weights itself gets them unquantized",

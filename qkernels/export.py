@@ -102,7 +102,7 @@ class ActivationGrid(Grid):
 class WeightGrid(Grid):
     """A converted weight with its levels in its shape, int8 or uint8: what a DequantizeLinear node reads."""
 
-    frozen = True
+    holds_weight = True
 
     def __init__(self, weight):
         super().__init__(weight.grid(), weight.axis)
@@ -215,6 +215,12 @@ def integer_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     frozen = _integer_copy(model)
     if not convert.layers(frozen):
         raise ValueError("model has no quantized layer: call qk.quantize_ first")
+    for name, layer in convert.layers(frozen):
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            if not isinstance(quantizer, qnn.IntegerWeight | Quantizer | None):
+                raise ValueError(
+                    f"{name or 'model'} has a {type(quantizer).__name__}, whose integers are not known"
+                )
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in convert.layers(frozen):
         prefix = name + "." if name else ""

@@ -18,6 +18,11 @@ def _is_called(module, args):
     """Does nothing; without any hook torch's encoder layers read the weights themselves, past ``forward``."""
 
 
+def _holds_weight(quantizer):
+    """Whether it stands for the weight itself; asked of the class, for attributes are the user's."""
+    return getattr(type(quantizer), "holds_weight", False)
+
+
 class _Quantized(nn.Module):
     """A layer whose weight and input pass through quantizers; either may be None (then that tensor stays as it is)."""
 
@@ -59,20 +64,30 @@ class _Quantized(nn.Module):
         """``weight`` of a converted layer: its values, for code that reads them, or their dtype or device, itself."""
         if name == "weight":
             quantizer = self.__dict__.get("_modules", {}).get("weight_quantizer")
-            if getattr(quantizer, "frozen", False):
+            if _holds_weight(quantizer):
                 return quantizer()
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A converted layer keeps its integers; tying it to the same values again does nothing."""
+        if name == "weight" and self.converted:
+            own = self.weight
+            if not isinstance(value, torch.Tensor) or value.shape != own.shape or not torch.equal(value, own):
+                raise ValueError("weight of a converted layer is of integers: set it before qk.convert_")
+            return
+        super().__setattr__(name, value)
 
     @property
     def converted(self) -> bool:
         """Whether the weight is of integers, which the quantizer's place holds."""
-        return getattr(self.weight_quantizer, "frozen", False)
+        return _holds_weight(self.__dict__.get("_modules", {}).get("weight_quantizer"))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """A weight that comes without its quantizer's numbers, of a float model, starts them."""
         super()._load_from_state_dict(state_dict, prefix, *rest)
         given, numbers = state_dict.get(prefix + "weight"), prefix + "weight_quantizer."
-        if (given is not None) if self.converted else (numbers + "packed" in state_dict):
+        ours = self.weight_quantizer is None or isinstance(self.weight_quantizer, Quantizer)
+        if given is not None if self.converted else ours and numbers + "packed" in state_dict:
             when, errors = "before" if self.converted else "after", rest[-1]
             errors.append(f"{prefix}weight: the state dict is that of a model {when} qk.convert_")
         if given is None or not isinstance(self.weight_quantizer, Quantizer):
@@ -161,7 +176,7 @@ class IntegerWeight(nn.Module):
     The values keep the weight's order of memory, for it is what a convolution chooses its algorithm by.
     """
 
-    frozen = True
+    holds_weight = True
 
     packed: torch.Tensor
 

@@ -69,7 +69,8 @@ class Statistics:
         zero = self.peak == 0
         if not zero.any():
             return
-        size = torch.where(zero.all(), size, self.mean_abs.sum() / (~zero).sum())
+        others = self.mean_abs[~zero & self.mean_abs.isfinite()]
+        size = others.mean() if others.numel() else torch.full_like(self.peak[0], size)
         values = torch.stack([torch.zeros_like(self.sums[0]), self.sums[0] * size**2, self.sums[0] * size])
         self.sums[1:] = torch.where(zero, values, self.sums[1:])
         self.minimum, self.maximum = self.minimum.where(~zero, -size), self.maximum.where(~zero, size)
@@ -86,6 +87,8 @@ class Statistics:
             raise RuntimeError("no data was seen: the loader gave no batch, or this layer never ran")
         if several():
             dist.all_reduce(self.sums)
+            if not self.sums[0].any():
+                raise RuntimeError("no data was seen by any process: their first batches are empty here")
             dist.all_reduce(self.minimum, op=dist.ReduceOp.MIN)
             dist.all_reduce(self.maximum, op=dist.ReduceOp.MAX)
             mine = torch.cat(self.samples)

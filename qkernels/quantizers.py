@@ -36,7 +36,6 @@ class Quantizer(nn.Module):
     learned: tuple[str, ...] = ()  # names of the parameters
     decayed = False  # whether weight decay applies to them (PACT)
     own_sign: bool | None = None  # the grid's sign where the method fixes it
-    frozen = False  # whether it holds the weight itself
 
     def __init__(
         self, bits, role, axis=None, rows=1, signed=None, noise=None, count="features", group_size=None
@@ -148,13 +147,15 @@ class Quantizer(nn.Module):
     def start_on(self, x):
         """Start from x: a weight, or what the processes agree on for their parts of a batch.
 
-        Nothing happens on the meta device, which has no numbers: the first use starts the quantizer.
+        Nothing happens where there are no numbers, as on the meta device: the first use starts the quantizer.
         """
-        if x.is_meta:
+        if x.is_meta or x.numel() == 0 and self.role == "weight":
             return
         statistics = Statistics(self.axis, self.group_size)
         statistics.update(x)
         if self.role == "activation":
+            if x.numel() == 0 and several():
+                statistics.clear(x.device)  # the other processes wait for this one
             statistics.agreed()
         elif self.rows != statistics.sums.shape[1]:
             raise ValueError(
@@ -171,7 +172,7 @@ class Quantizer(nn.Module):
             torch._dynamo.graph_break(
                 "a quantizer has no step size yet: call qk.calibrate(model, loader) first"
             )
-        self._adopt()
+        self._adopt(loaded=False)
         if self.started:
             return
         if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
@@ -202,13 +203,16 @@ class Quantizer(nn.Module):
         if prefix + "state" in state_dict:
             self._adopt()
 
-    def _adopt(self):
-        """What the buffer says: a checkpoint, or a copy of another model's buffers, sets that alone."""
+    def _adopt(self, loaded=True):
+        """What the buffer says: a checkpoint, or a copy of another model's buffers, sets that alone.
+
+        Where nothing was loaded it may be memory that nothing was written to, as after to_empty.
+        """
         if self.state.is_meta:
             return
         bits, signed = _decoded(int(self.state))
-        if signed is not None and not all(_plausible(local(p)) for p in self.parameters()):
-            bits = signed = None  # memory that nothing was written to, as after to_empty
+        if not loaded and not all(_plausible(local(p)) for p in self.parameters()):
+            bits = signed = None
         other, mine = "", self._description()
         if bits not in (None, self.bits):
             other = f"step sizes of {bits} bit were loaded where {self.bits} bit are asked for, for {mine}"

@@ -209,6 +209,11 @@ def test_errors():
             TypeError, match=f"loader must give batches.* a {type(loader).__name__} gives single"
         ):
             qk.calibrate(quantized(), loader)
+    one = qk.calibrate(quantized(), list(samples), forward=lambda model, x: model(x[None]))
+    data = TensorDataset(samples)
+    assert not changed(
+        state(one), qk.calibrate(quantized(), data, forward=lambda model, x: model(x[0][None]))
+    )
     resized = quantized()
     resized[7].weight = nn.Parameter(torch.randn(7, *resized[7].weight.shape[1:]))
     with pytest.raises(

@@ -308,6 +308,7 @@ def test_layers_left_in_float_are_said(make, said, recwarn):
     (warning,) = recwarn.list
     assert "left in floating point: " + said in str(warning.message) and warning.filename == __file__
     assert [row["layer"] for row in table(quantized)][:2] == ["ours", "left"]
+    assert "ParametrizationList" not in str(warning.message)
     qk.quantize_(model(("ours", nn.Linear(3, 3))), exclude=["left"])
     assert len(recwarn.list) == 1
 
@@ -384,6 +385,45 @@ def test_converted_layers_give_their_weights_values(dtype, tmp_path):
     with torch.no_grad():
         program = qk.export.export_torch(model, x, tmp_path / "model.pt2")
     assert torch.equal(program.module()(x), wanted)
+
+
+def test_a_converted_layer_keeps_its_integers():
+    """transformers ties weights again now and then; a dense tensor would stand in front of the integers."""
+    head, table = nn.Linear(4, 6, bias=False), nn.Embedding(6, 4)
+    head.weight = table.weight
+    model = qk.convert_(qk.quantize_(nn.ModuleList([table, head]), act_bits=None))
+    before = model[1].weight
+    model[1].weight = model[0].weight
+    assert "weight" not in vars(model[1]) and torch.equal(model[1].weight, before)
+    for other in (nn.Parameter(before + 1), before[:2], None):
+        with pytest.raises(
+            ValueError, match="weight of a converted layer is of integers: set it before qk.convert_"
+        ):
+            model[1].weight = other
+    assert model.double()[1].weight.dtype == torch.float64
+
+
+class Own(nn.Module):
+    """A quantizer of the user's, with names of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = True
+        self.register_buffer("packed", torch.ones(1))
+        self.alpha = nn.Parameter(torch.zeros(3, 4, 5))
+
+    def forward(self, x):
+        return x.round()
+
+
+def test_quantizers_of_the_users_serve_in_our_layers():
+    layer, x = qk.nn.QuantLinear(4, 3, weight_quantizer=Own(), input_quantizer=Own()), torch.randn(2, 4)
+    assert torch.equal(layer(x), F.linear(x.round(), layer.weight.round(), layer.bias))
+    layer.load_state_dict(layer.state_dict())
+    model = qk.quantize_(nn.Sequential(nn.Linear(4, 4)), act_bits=None).append(layer)
+    assert not convert.candidates.left_in_float(model)
+    with pytest.raises(ValueError, match="1 has a Own, whose integers are not known"):
+        qk.export.integer_state_dict(model)
 
 
 def test_old_weight_norm_converts():

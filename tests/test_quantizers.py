@@ -124,6 +124,12 @@ def test_rows_of_zeros_start_as_the_others_do():
         scale = qk.quantize_(layer, method=method, first_last_bits=None).weight_quantizer.scale
         mean = layer.weight[::2].abs().mean().item()
         assert scale[1].item() == pytest.approx(value * mean, rel=1e-6)
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    scale = qk.quantize_(layer, first_last_bits=None).weight_quantizer.scale
+    assert scale[0].isnan() and scale[1].item() == pytest.approx(
+        2 / 7**0.5 * layer.weight[2].abs().mean().item()
+    )
     nn.init.zeros_(layer.weight)
     scale = qk.quantize_(layer, first_last_bits=None, weight_axis=None).weight_quantizer.scale
     assert scale.item() == pytest.approx(2 / 7**0.5 / 4, rel=1e-6), "that of values of size 1 / sqrt(16)"

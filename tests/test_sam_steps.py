@@ -368,6 +368,25 @@ def test_a_batch_without_a_gradient_is_skipped(loss):
     assert train(net, optimizer, batches(1)) == 2
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_batch_skipped_in_the_second_pass_moves_nothing(every):
+    net = network()
+    optimizer = qk.optim.SAM(net, base_of("sgd", net.parameters()), every=every)
+    (data,) = batches(1)
+    for _ in range(every - 1):
+        optimizer.step(closure_of(net, optimizer, *data))
+    before, calls = [p.clone() for p in net.parameters()], []
+
+    def closure():
+        calls.append(1)
+        return closure_of(net, optimizer, *data)() if len(calls) == 1 else None
+
+    with pytest.warns(UserWarning, match="the closure left no gradient"):
+        optimizer.step(closure)
+    assert len(calls) == 2 and optimizer.steps == every - 1
+    assert all(torch.equal(p, b) for p, b in zip(net.parameters(), before, strict=True))
+
+
 def test_a_group_added_to_the_base_optimizer_has_the_radius():
     net = network()
     first, *rest = net.parameters()

@@ -76,6 +76,15 @@ def test_a_model_that_was_built_without_memory_starts_with_its_weights():
         assert m.started and torch.equal(m.scale, w.scale)
 
 
+def test_steps_of_a_diverged_checkpoint_are_not_hidden():
+    trained = calibrated()
+    with torch.no_grad():
+        trained.head.weight_quantizer.scale.fill_(torch.nan)
+    model = qk.quantize_(Net())
+    model.load_state_dict(trained.state_dict())
+    assert model.eval()(batch()).isnan().all()
+
+
 def test_weights_loaded_after_quantize_start_their_steps():
     torch.manual_seed(5)
     source = Net()

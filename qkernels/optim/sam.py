@@ -124,8 +124,8 @@ class SAM(torch.optim.Optimizer):
         """One step: ``closure`` clears gradients, runs forward and backward and returns the loss; called once or twice.
 
         Returns: the loss of the first pass. scaler: a GradScaler whose scale the closure applied; its ``update`` is
-        yours to call. A closure that leaves no gradient and returns None, or a loss without a graph, skips the batch,
-        as torch's optimizers do; a warning says so.
+        yours to call, but for a skipped batch. A closure that leaves no gradient and returns None, or a loss without a
+        graph, skips the batch, as torch's optimizers do; a warning says so.
         """
         if closure is None:
             raise ValueError(
@@ -139,7 +139,9 @@ class SAM(torch.optim.Optimizer):
                 return loss
             if self.first_step():
                 with torch.enable_grad():
-                    closure()
+                    second = closure()
+                if self._skipped(second):
+                    return loss
             self.second_step(scaler)
         finally:
             self.restore()

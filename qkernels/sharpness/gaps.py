@@ -146,7 +146,7 @@ def layer_table(model: nn.Module) -> list[dict[str, Any]]:
             continue
         weight, activation = (getattr(layer, f"{role}_quantizer", None) for role in ("weight", "input"))
         row = {"name": name, "weight_bits": None, "weight_step": None, "mean_error": None}
-        if not getattr(weight, "frozen", False):
+        if not getattr(layer, "converted", False):
             row |= {"weight_norm": layer.weight.norm().item(), "largest": layer.weight.abs().max().item()}
         if weight is not None:
             row["weight_bits"] = weight.bits
