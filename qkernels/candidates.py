@@ -5,12 +5,8 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from . import nn as qnn
 
-# In names of parameters that inputs are multiplied by, and of those that are added or looked up.
-_MATRICES, _TABLES = (
-    ("weight", "kernel", "proj"),
-    ("pos", "embed", "token", "bias", "prompt", "scale", "gamma"),
-)
-
+_MATRICES = ("weight", "kernel", "proj")  # in names of parameters that inputs are multiplied by
+_TABLES = ("pos", "embed", "token", "bias", "prompt", "scale", "gamma")  # and of those added, looked up, or factors
 _NO_LAYERS = (nn.LayerNorm, nn.RMSNorm, ParametrizationList)
 
 

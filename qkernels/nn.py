@@ -87,7 +87,7 @@ class _Quantized(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         given, numbers = state_dict.get(prefix + "weight"), prefix + "weight_quantizer."
         ours = self.weight_quantizer is None or isinstance(self.weight_quantizer, Quantizer)
-        if given is not None if self.converted else ours and numbers + "packed" in state_dict:
+        if (given is not None) if self.converted else (ours and numbers + "packed" in state_dict):
             when, errors = "before" if self.converted else "after", rest[-1]
             errors.append(f"{prefix}weight: the state dict is that of a model {when} qk.convert_")
         if given is None or not isinstance(self.weight_quantizer, Quantizer):
