@@ -6,7 +6,15 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from . import nn as qnn
 
 _MATRICES = ("weight", "kernel", "proj")  # in names of parameters that inputs are multiplied by
-_TABLES = ("pos", "embed", "token", "bias", "prompt", "scale", "gamma")  # and of those added, looked up, or factors
+_TABLES = (
+    "pos",
+    "embed",
+    "token",
+    "bias",
+    "prompt",
+    "scale",
+    "gamma",
+)  # and of those added, looked up, or factors
 _NO_LAYERS = (nn.LayerNorm, nn.RMSNorm, ParametrizationList)
 
 
