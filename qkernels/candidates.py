@@ -5,16 +5,9 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from . import nn as qnn
 
-_MATRICES = ("weight", "kernel", "proj")  # in names of parameters that inputs are multiplied by
-_TABLES = (
-    "pos",
-    "embed",
-    "token",
-    "bias",
-    "prompt",
-    "scale",
-    "gamma",
-)  # and of those added, looked up, or factors
+# In names of parameters that inputs are multiplied by; and of tables and factors, which are no matrices.
+_MATRICES = ("weight", "kernel", "proj")
+_TABLES = ("pos", "embed", "token", "bias", "prompt", "scale", "gamma")
 _NO_LAYERS = (nn.LayerNorm, nn.RMSNorm, ParametrizationList)
 
 
