@@ -18,11 +18,6 @@ def _is_called(module, args):
     """Does nothing; without any hook torch's encoder layers read the weights themselves, past ``forward``."""
 
 
-def _holds_weight(quantizer):
-    """Whether it stands for the weight itself; asked of the class, for attributes are the user's."""
-    return getattr(type(quantizer), "holds_weight", False)
-
-
 class _Quantized(nn.Module):
     """A layer whose weight and input pass through quantizers; either may be None (then that tensor stays as it is)."""
 
@@ -62,10 +57,9 @@ class _Quantized(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """``weight`` of a converted layer: its values, for code that reads them, or their dtype or device, itself."""
-        if name == "weight":
-            quantizer = self.__dict__.get("_modules", {}).get("weight_quantizer")
-            if _holds_weight(quantizer):
-                return quantizer()
+        if name == "weight" and self.converted:
+            quantizer: Any = self.weight_quantizer
+            return quantizer()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -79,8 +73,12 @@ class _Quantized(nn.Module):
 
     @property
     def converted(self) -> bool:
-        """Whether the weight is of integers, which the quantizer's place holds."""
-        return _holds_weight(self.__dict__.get("_modules", {}).get("weight_quantizer"))
+        """Whether the weight is of integers, which the quantizer's place holds.
+
+        Asked of the class, for attributes are the user's; also before ``__init__`` has ended, and in copies.
+        """
+        quantizer = self.__dict__.get("_modules", {}).get("weight_quantizer")
+        return getattr(type(quantizer), "holds_weight", False)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         """A weight that comes without its quantizer's numbers, of a float model, starts them."""
